@@ -168,6 +168,18 @@ def test_imports_run_one_way() -> None:
     assert seen == set(PACKAGES)
 
 
+def test_what_takes_seconds_to_import_is_imported_by_who_uses_it() -> None:
+    """tensorboardX imports torch and boto3 where they are installed: no file has the one that needs it at its top."""
+    slow, found = {"tensorboardX", "bigmac_jax.training.tensorboard", "torch", "transformers", "wandb"}, {}
+    for path in (ROOT / "bigmac_jax").rglob("*.py"):
+        top = [node for node in ast.parse(path.read_bytes()).body if isinstance(node, ast.Import | ast.ImportFrom)]
+        names = {getattr(node, "module", None) or alias.name for node in top for alias in node.names}
+        found[str(path.relative_to(ROOT))] = {name for name in names if {name, name.partition(".")[0]} & slow}
+    assert {path for path, names in found.items() if names and "/hf/" not in path} == {
+        "bigmac_jax/training/tensorboard.py"
+    }
+
+
 def test_a_file_is_known_by_its_name() -> None:
     """A command is named as the package that does its work; else no two files have one name."""
     names = [path.name for path in (ROOT / "bigmac_jax").rglob("*.py") if path.parent.name != "commands"]

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 from model.tools import on_mesh, random_model, tiny
-from training.tools import ROOT, quick, write_config
+from training.tools import ROOT, write_config
 
 from bigmac_jax.config import Config, ConfigError, load_config, reading
 from bigmac_jax.data.datasets import open_dataset
@@ -111,7 +111,7 @@ def naming(traps: pathlib.Path) -> dict[str, Any]:
 def hostile(tmp_path: pathlib.Path, traps: pathlib.Path) -> pathlib.Path:
     """An export in our own class, as somebody could have changed it."""
     folder, config = tmp_path / "hostile", tiny(num_layers=1)
-    with quick(), on_mesh(config):
+    with on_mesh(config):
         export_model(config, random_model(config), folder, format="bigmac", tokenizer=ByteTokenizer())
     values = json.loads((folder / "config.json").read_text())
     for name, value in naming(traps).items():
@@ -145,7 +145,7 @@ def test_no_trap_is_opened(tmp_path: pathlib.Path, traps: pathlib.Path, hostile:
     results.mkdir()
     cases = [{"name": name, "argv": argv} for name, argv in commands.items()]
     (results / "cases.json").write_text(json.dumps(cases))
-    environment = {"BIGMAC_KEEP_ENV": "1", "PYTHONPATH": str(ROOT), "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+    environment = {"BIGMAC_KEEP_ENV": "1", "PYTHONPATH": str(ROOT)}
     environment |= {"BIGMAC_CACHE_DIR": str(tmp_path / "cache"), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
     watch = Watch(traps)
     subprocess.run(
@@ -164,7 +164,7 @@ def test_no_trap_is_opened(tmp_path: pathlib.Path, traps: pathlib.Path, hostile:
 def exported(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
     """An export in shards, with a tokenizer and a chat template."""
     folder, config = tmp_path_factory.mktemp("exported") / "one", tiny(num_layers=1)
-    with quick(), on_mesh(config):
+    with on_mesh(config):
         model = random_model(config)
         export_model(config, model, folder, format="bigmac", tokenizer=ByteTokenizer(), max_shard_size="20KB")
     (folder / "chat_template.jinja").write_text("{{ messages[0].content }}")

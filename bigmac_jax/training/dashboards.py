@@ -1,27 +1,27 @@
 """Sends the records of metrics.jsonl to TensorBoard, and to Weights & Biases where train.wandb asks for it."""
 
-import contextlib
 import json
 import logging
 import pathlib
 import secrets
-import socket
-import time
 from collections.abc import Callable
-from typing import Any
-
-from tensorboardX.proto.event_pb2 import Event, SessionLog
-from tensorboardX.proto.summary_pb2 import Summary
-from tensorboardX.record_writer import RecordWriter
+from typing import Any, Protocol
 
 from bigmac_jax.config import ConfigError
 
 _log = logging.getLogger(__name__)
 
 
-def open_dashboards(
-    folder: pathlib.Path, first_step: int, project: str, workdir: pathlib.Path
-) -> "list[TensorBoard | WandB]":
+class Dashboard(Protocol):
+    """Shows a run's records while it trains."""
+
+    def write(self, record: dict[str, Any]) -> None:
+        """Shows a record, which holds "step"."""
+
+    def close(self) -> None: ...
+
+
+def open_dashboards(folder: pathlib.Path, first_step: int, project: str, workdir: pathlib.Path) -> list[Dashboard]:
     """Opens the dashboards of a run that goes on after `first_step`; `project` is train.wandb.
 
     What goes wrong with one costs its records, not the run.
@@ -29,7 +29,11 @@ def open_dashboards(
     Args:
       folder: where they write: `workdir`, or a folder that is copied there and then removed.
     """
-    boards: list[TensorBoard | WandB] = [TensorBoard(folder / "tb", first_step)]
+    # tensorboardX imports torch and clients of stores where they are installed, which takes up to two seconds: no other
+    # process of a job does.
+    from bigmac_jax.training.tensorboard import TensorBoard
+
+    boards: list[Dashboard] = [TensorBoard(folder / "tb", first_step)]
     return [*boards, WandB(folder, project, workdir)] if project else boards
 
 
@@ -42,47 +46,6 @@ def check_dashboards(project: str) -> None:
             raise ConfigError(
                 f"train.wandb={project} needs the package wandb; pip install 'bigmac_jax[wandb]', or leave it out"
             ) from None
-
-
-class TensorBoard:
-    """Writes the scalars of records for TensorBoard, until the disk is full.
-
-    tensorboardX's SummaryWriter writes in a thread, which a full disk ends; its queue then blocks the run for good.
-    """
-
-    def __init__(self, folder: pathlib.Path, first_step: int):
-        self._writer: RecordWriter | None = None
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            self._writer = RecordWriter(f"{folder}/events.out.tfevents.{time.time():.0f}.{socket.gethostname()}")
-        except OSError as error:
-            _log.warning("%s cannot be written (%s): there is nothing for TensorBoard", folder, error.strerror)
-        self._write(file_version="brain.Event:2")
-        self._write(step=first_step + 1, session_log=SessionLog(status=SessionLog.START))  # later records are void
-
-    def write(self, record: dict[str, Any]) -> None:
-        """Writes a record, which holds "step"."""
-        values = [
-            Summary.Value(tag=name, simple_value=value)
-            for name, value in record.items()
-            if name != "step" and isinstance(value, (int, float))
-        ]
-        self._write(step=record["step"], summary=Summary(value=values))
-
-    def close(self) -> None:
-        if self._writer is not None:
-            with contextlib.suppress(OSError):
-                self._writer.close()
-
-    def _write(self, **fields: Any) -> None:
-        if self._writer is None:
-            return
-        try:
-            self._writer.write(Event(wall_time=time.time(), **fields).SerializeToString())
-            self._writer.flush()
-        except OSError:
-            self.close()
-            self._writer = None  # what follows half a record could not be read
 
 
 class WandB:

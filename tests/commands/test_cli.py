@@ -177,7 +177,7 @@ def outcomes(folder: pathlib.Path, request: pytest.FixtureRequest) -> dict[str, 
     subprocess.run(
         [sys.executable, COMMANDS, results / "cases.json"],
         cwd=ROOT,
-        env=os.environ | {"BIGMAC_KEEP_ENV": "1", "PYTHONPATH": str(ROOT), "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"},
+        env=os.environ | {"BIGMAC_KEEP_ENV": "1", "PYTHONPATH": str(ROOT)},
         timeout=500,
         check=True,
     )

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 from model.tools import on_mesh, random_model, tiny
-from training.tools import quick, text
+from training.tools import text
 
 pytest.importorskip("lm_eval", reason="needs the extra lm-eval")
 pytestmark = pytest.mark.full
@@ -45,7 +45,7 @@ FORMS: dict[str, dict[str, Any]] = {
 
 @pytest.fixture(scope="module")
 def lm() -> Any:
-    with quick(), on_mesh(CONFIG):
+    with on_mesh(CONFIG):
         yield BigMacLM(CONFIG, random_model(CONFIG))
 
 

@@ -12,8 +12,7 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
-from model.tools import QUICK, on_mesh, random_model, split_tokens, tiny
-from training.tools import quick
+from model.tools import on_mesh, random_model, split_tokens, tiny
 
 from bigmac_jax.config import ConfigError
 from bigmac_jax.data.tokenizer import ByteTokenizer
@@ -35,7 +34,7 @@ def reference() -> Any:
     config = tiny(batch=1, **MODEL)
     with on_mesh(config):
         model = random_model(config)
-        call = jax.jit(lambda model, tokens_BL: model(tokens_BL)[0], compiler_options=QUICK)
+        call = jax.jit(lambda model, tokens_BL: model(tokens_BL)[0])
 
         def log_p(tokens: Any) -> np.ndarray:
             padded_BL = np.zeros((1, LENGTH), np.int32)
@@ -81,9 +80,8 @@ def test_every_batch_size_and_mesh(reference: Any, mesh: tuple[int, ...], batch_
             likeliest.append(int(reference(likeliest)[-1].argmax()))
         almost = [*likeliest[1:3], likeliest[3] ^ 1]
         requests = [*REQUESTS, Request(likeliest[:1], almost), Request(likeliest[:1], likeliest[1:]), REQUESTS[1]]
-        with quick():
-            results = score_requests(model, requests, LENGTH, batch_size)
-            sliding = score_requests(model, REQUESTS[-2:], LENGTH, batch_size, stride=4)
+        results = score_requests(model, requests, LENGTH, batch_size)
+        sliding = score_requests(model, REQUESTS[-2:], LENGTH, batch_size, stride=4)
     expected = [by_hand(reference, request) for request in requests]
     assert [result.greedy for result in results] == [greedy for _, greedy in expected]
     assert results[-2].greedy and not results[-3].greedy

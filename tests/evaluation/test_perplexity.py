@@ -6,8 +6,8 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
-from model.tools import QUICK, on_mesh, random_model, split_tokens, tiny
-from training.tools import quick, text
+from model.tools import on_mesh, random_model, split_tokens, tiny
+from training.tools import text
 
 from bigmac_jax.data.batch import NO_TARGET
 from bigmac_jax.data.pipeline import eval_batches, text_stream
@@ -33,7 +33,7 @@ def by_hand(stream: Any) -> float:
     padded_WL = np.zeros((windows, LENGTH), np.int32)
     padded_WL.flat[: len(tokens) - 1] = tokens[:-1]
     with on_mesh(config):
-        call = jax.jit(lambda model, tokens_BL: model(tokens_BL)[0], compiler_options=QUICK)
+        call = jax.jit(lambda model, tokens_BL: model(tokens_BL)[0])
         logits_WLV = np.asarray(call(random_model(config), split_tokens(padded_WL)), np.float64)
     total = 0.0
     for logits_LV, start in zip(logits_WLV, range(0, len(tokens) - 1, LENGTH), strict=True):
@@ -57,7 +57,7 @@ def by_hand(stream: Any) -> float:
 def test_every_batch_size_and_mesh(stream: Any, by_hand: float, mesh: tuple[int, int, int], batch_size: int) -> None:
     """A capacity factor at which half the choices would be dropped changes nothing either."""
     config, counted = tiny(mesh, capacity_factor=0.5, **CONFIG), []
-    with quick(), on_mesh(config):
+    with on_mesh(config):
         score = evaluate(random_model(config), stream, LENGTH, batch_size, counted.append).score
     assert (score.tokens, score.bytes, score.words) == (stream.num_tokens - 1, len(TEXT), len(TEXT.split()))
     assert score.tokens == len(TEXT) + 1  # the first text token is predicted from the end-of-text before it
@@ -72,7 +72,7 @@ def test_drops_would_change_it(stream: Any) -> None:
     rows = config.data.batch_size
     tokens = stream.tokens(0, rows * LENGTH).reshape(rows, LENGTH)
     with on_mesh(config):
-        call = jax.jit(lambda model, tokens_BL: model(tokens_BL)[1].drop_rate, compiler_options=QUICK)
+        call = jax.jit(lambda model, tokens_BL: model(tokens_BL)[1].drop_rate)
         assert call(random_model(config), split_tokens(tokens)).min() > 0.3
 
 
@@ -93,7 +93,7 @@ def test_sliding_windows(stream: Any, by_hand: float, stride: int, batch_size: i
     assert all(before >= min(token, LENGTH - stride + 1) for token, before in counted)
     if stride == LENGTH:
         config = tiny((1, 1, 1), **CONFIG)
-        with quick(), on_mesh(config):
+        with on_mesh(config):
             score = evaluate(random_model(config), stream, LENGTH, batch_size, stride=stride).score
         assert score.loss == pytest.approx(by_hand / score.tokens, rel=1e-6)
 

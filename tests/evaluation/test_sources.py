@@ -9,8 +9,8 @@ import pathlib
 import jax
 import numpy as np
 import pytest
-from model.tools import QUICK, on_mesh, random_model, split_tokens, tiny
-from training.tools import quick, text
+from model.tools import on_mesh, random_model, split_tokens, tiny
+from training.tools import text
 
 from bigmac_jax.config import Config, ConfigError, DataConfig, TuningConfig
 from bigmac_jax.data.chat_files import TEMPLATE_FILE
@@ -43,9 +43,9 @@ def test_loads_by_hand(mesh: tuple[int, int, int]) -> None:
     # Before a text stands an end of text, and behind it another, which is no input.
     stream = text_stream("".join(text(3, seed=5))[: 3 * 8 * LENGTH - 1], ByteTokenizer())
     tokens = stream.tokens(0, 3 * 8 * LENGTH).reshape(3, 8, LENGTH)
-    with quick(), on_mesh(config):
+    with on_mesh(config):
         model = random_model(config)
-        call = jax.jit(lambda model, tokens: model(tokens, evaluating=True)[1], compiler_options=QUICK)
+        call = jax.jit(lambda model, tokens: model(tokens, evaluating=True)[1])
         auxes = [call(model, split_tokens(part)) for part in tokens]
         reading = evaluate(model, stream, LENGTH, 8)
     load_YE = np.mean([np.asarray(aux.load, np.float64) for aux in auxes], axis=0)
@@ -64,12 +64,12 @@ def test_padding_does_not_count(mesh: tuple[int, ...]) -> None:
     stream = text_stream("some words"[: LENGTH // 2 - 1], ByteTokenizer())
     short = dataclasses.replace(config, data=dataclasses.replace(config.data, sequence_length=LENGTH // 2))
     tokens = stream.tokens(0, LENGTH // 2)[None].repeat(8, 0)
-    with quick(), on_mesh(short):
+    with on_mesh(short):
         aux = jax.jit(lambda model, tokens: model(tokens, evaluating=True)[1])(
             random_model(short), split_tokens(tokens)
         )
     for of, rows in itertools.product((config, masked), (1, 32)):
-        with quick(), on_mesh(of):
+        with on_mesh(of):
             reading = evaluate(random_model(of), stream, LENGTH, rows)
         np.testing.assert_allclose(reading.load_YE, aux.load, rtol=1e-6)
         np.testing.assert_allclose(reading.entropy_Y, aux.router_entropy, rtol=1e-5)
@@ -137,7 +137,7 @@ def test_a_mixture_is_scored_source_by_source(tmp_path: pathlib.Path, monkeypatc
         config, data=dataclasses.replace(config.data, **own), cache_dir=str(tmp_path / "cache")
     )
     stream = open_stream(config, "validation", ByteTokenizer())
-    with quick(), on_mesh(config):
+    with on_mesh(config):
         model = random_model(config)
         score = evaluate(model, stream, LENGTH, 8).score
         apart = [evaluate(model, part, LENGTH, 8).score for part in streams_by_source(stream).values()]
@@ -150,7 +150,7 @@ def test_a_mixture_is_scored_source_by_source(tmp_path: pathlib.Path, monkeypatc
 
 def test_a_model_without_experts() -> None:
     config = tiny(structure="dense", **CONFIG)
-    with quick(), on_mesh(config):
+    with on_mesh(config):
         reading = evaluate(random_model(config), text_stream("some text", ByteTokenizer()), LENGTH, 4)
     lines, result = report_sources({"a": reading, "b": reading})
     assert len(lines) == 2 and "specialisation" not in result and "load" not in result["sources"]["a"]

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from interchange.tools import config_of
 from model.tools import on_mesh, random_model
-from training.tools import ROOT, quick, small
+from training.tools import ROOT, small
 
 from bigmac_jax.config import Config, ConfigError, DataConfig, load_config
 from bigmac_jax.data.corpus import open_documents
@@ -59,7 +59,7 @@ def scene(tmp_path_factory: pytest.TempPathFactory) -> Iterator[pathlib.Path]:
     """A run of two checkpoints with a tokenizer of its own, its cache, and exported models."""
     folder = tmp_path_factory.mktemp("scene")
     config = small(folder, "data.tokenizer=bpe", "model.vocab_size=320", "train.steps=4")
-    with quick(), jax.set_mesh(make_mesh(config)):
+    with jax.set_mesh(make_mesh(config)):
         train(config, folder / "run")
     for kind in ("nemotron_h", "plain"):
         exported = config_of("bigmac")

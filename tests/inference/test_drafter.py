@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from model.test_exchange import on_ranks
-from model.tools import QUICK, leaves, on_mesh, random_model, split_tokens, tiny
+from model.tools import leaves, on_mesh, random_model, split_tokens, tiny
 
 from bigmac_jax.config import Config, ConfigError
 from bigmac_jax.inference.drafter import Speculation, make_drafter
@@ -74,7 +74,7 @@ def test_a_layer_computes_its_own_experts(mesh: tuple, local_experts: int) -> No
     assert 10 < computed < 60
 
 
-@functools.partial(jax.jit, compiler_options=QUICK)
+@functools.partial(jax.jit)
 def _layer(drafter: Decoder, x_BLD: jax.Array) -> jax.Array:
     layer = jax.tree.map(lambda leaf: leaf[0], drafter.groups[0][0])
     return layer.mlp(x_BLD, evaluating=True)[0]

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 import pytest
 from model.tools import on_mesh, random_model, tiny
-from training.tools import quick, text
+from training.tools import text
 
 from bigmac_jax.config import Config, ConfigError
 from bigmac_jax.data.tokenizer import ByteTokenizer
@@ -103,7 +103,7 @@ MESHES = [
 @pytest.fixture(scope="module", params=MESHES)
 def engines(request: pytest.FixtureRequest) -> Iterator[tuple[Generator, Engine, Alone]]:
     config = config_on(request.param)
-    with quick(), on_mesh(config):
+    with on_mesh(config):
         generator = Generator(config, random_model(config))
         sizes: dict[str, Any] = {"chunk": CHUNK, "page_size": PAGE}
         positions = max(POSITIONS, LENGTH * int(np.prod(request.param)))
@@ -145,13 +145,12 @@ def test_many_schedules(engines: tuple[Generator, Engine, Alone]) -> None:
 
 def _play_all(generator: Generator, engine: Engine, alone: Alone, seeds: range) -> None:
     compared = reused = cancelled = 0
-    with quick():
-        for seed in seeds:
-            plans = schedule(seed)
-            jobs = play(generator, engine, plans)
-            compared += assert_as_alone(jobs, plans, alone)
-            reused += sum(job.reused for job in jobs)
-            cancelled += sum(job.text.finish_reason == CANCELLED for job in jobs)
+    for seed in seeds:
+        plans = schedule(seed)
+        jobs = play(generator, engine, plans)
+        compared += assert_as_alone(jobs, plans, alone)
+        reused += sum(job.reused for job in jobs)
+        cancelled += sum(job.text.finish_reason == CANCELLED for job in jobs)
     assert compared > 30 * len(seeds) and reused > 0 and cancelled > 0
 
 
@@ -159,7 +158,7 @@ def _play_all(generator: Generator, engine: Engine, alone: Alone, seeds: range) 
 @pytest.mark.parametrize("exchange", ["all_to_all", "dedup", "hierarchical", "gather", "ragged"])
 def test_every_exchange(exchange: str) -> None:
     config = config_on((1, 2, 2))
-    with quick(), on_mesh(config):
+    with on_mesh(config):
         generator = Generator(config, random_model(config), exchange=exchange)
         sizes: dict[str, Any] = {"chunk": CHUNK, "page_size": PAGE}
         alone = Alone(generator, generator.engine(SLOTS, (), POSITIONS, reuse=False, **sizes))
@@ -171,7 +170,7 @@ def test_every_exchange(exchange: str) -> None:
 @pytest.fixture(scope="module")
 def generator() -> Iterator[Generator]:
     config = config_on((1, 1, 1))
-    with quick(), on_mesh(config):
+    with on_mesh(config):
         yield Generator(config, random_model(config))
 
 
@@ -181,9 +180,8 @@ def engine(generator: Generator) -> Engine:
 
 
 def finish(engine: Engine) -> None:
-    with quick():
-        while engine.busy:
-            engine.step()
+    while engine.busy:
+        engine.step()
 
 
 def test_first_come_first_served(generator: Generator, engine: Engine) -> None:
@@ -195,11 +193,10 @@ def test_first_come_first_served(generator: Generator, engine: Engine) -> None:
     long, short = generator.job((7,) * 20, Sampling(max_tokens=20)), generator.job((8,), Sampling(max_tokens=2))
     for job in (*filling, long, short):
         engine.submit(job)
-    with quick():
-        while not long.text.tokens:
-            assert not short.text.tokens
-            engine.step()
-            assert engine.pages[0].in_use <= engine.pages[0].number == POSITIONS // PAGE
+    while not long.text.tokens:
+        assert not short.text.tokens
+        engine.step()
+        assert engine.pages[0].in_use <= engine.pages[0].number == POSITIONS // PAGE
     finish(engine)
     assert all(job.text.finish_reason for job in (*filling, long, short))
 
@@ -207,14 +204,13 @@ def test_first_come_first_served(generator: Generator, engine: Engine) -> None:
 def test_prompts_are_read_in_chunks_between_the_steps_of_others(generator: Generator, engine: Engine) -> None:
     first = generator.job((5,), Sampling(max_tokens=30, ignore_eos=True))
     engine.submit(first)
-    with quick():
-        engine.step(), engine.step()
-        later = [generator.job((9, i) * 14, Sampling(max_tokens=1)) for i in range(3)]
-        for job in later:
-            engine.submit(job)
-        before, prefills = len(first.text.tokens), engine.prefills
-        while not all(job.text.finish_reason for job in later):
-            engine.step()
+    engine.step(), engine.step()
+    later = [generator.job((9, i) * 14, Sampling(max_tokens=1)) for i in range(3)]
+    for job in later:
+        engine.submit(job)
+    before, prefills = len(first.text.tokens), engine.prefills
+    while not all(job.text.finish_reason for job in later):
+        engine.step()
     assert engine.prefills - prefills == 3  # six rows of four pages, two in a chunk
     assert len(first.text.tokens) - before >= 3
     finish(engine)
@@ -250,8 +246,7 @@ def test_cancelling_what_waits_and_what_has_ended(generator: Generator, engine: 
         engine.submit(job)
     engine.cancel(jobs[-1])
     assert engine.waiting == SLOTS + 1
-    with quick():
-        engine.step()
+    engine.step()
     engine.cancel(jobs[0])  # its prompt is being read
     finish(engine)
     engine.cancel(jobs[1])
@@ -275,23 +270,22 @@ def soak(generator: Generator, engine: Engine, requests: int) -> tuple[list[int]
     """Objects and arrays that are alive, after each tenth of so many requests."""
     draw, objects, arrays = random.Random(0), [], []
     waiting: list[Job] = []
-    with quick():
-        for _ in range(10):
-            for _ in range(requests // 10):
-                prompt = tuple(draw.randrange(250) for _ in range(draw.randint(1, 20)))
-                job = generator.job(prompt, Sampling(max_tokens=draw.randint(1, 4), ignore_eos=True))
-                engine.submit(job)
-                waiting.append(job)
-                if draw.random() < 0.1:
-                    engine.cancel(waiting.pop(draw.randrange(len(waiting))))
-                while engine.waiting > 4:
-                    engine.step()
-            finish(engine)
-            waiting.clear()
-            gc.collect()
-            objects.append(len(gc.get_objects()))
-            arrays.append(len(jax.live_arrays()))
-            assert all(pages.in_use == 0 and len(pages._by_key) <= pages.number for pages in engine.pages)
+    for _ in range(10):
+        for _ in range(requests // 10):
+            prompt = tuple(draw.randrange(250) for _ in range(draw.randint(1, 20)))
+            job = generator.job(prompt, Sampling(max_tokens=draw.randint(1, 4), ignore_eos=True))
+            engine.submit(job)
+            waiting.append(job)
+            if draw.random() < 0.1:
+                engine.cancel(waiting.pop(draw.randrange(len(waiting))))
+            while engine.waiting > 4:
+                engine.step()
+        finish(engine)
+        waiting.clear()
+        gc.collect()
+        objects.append(len(gc.get_objects()))
+        arrays.append(len(jax.live_arrays()))
+        assert all(pages.in_use == 0 and len(pages._by_key) <= pages.number for pages in engine.pages)
     return objects, arrays
 
 

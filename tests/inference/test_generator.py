@@ -10,8 +10,8 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
-from model.tools import QUICK, abstract_model, on_mesh, random_model, split_tokens, tiny
-from training.tools import quick, text
+from model.tools import abstract_model, on_mesh, random_model, split_tokens, tiny
+from training.tools import text
 
 from bigmac_jax.config import Config, ConfigError
 from bigmac_jax.data.tokenizer import ByteTokenizer
@@ -33,21 +33,20 @@ def config_on(mesh: tuple[int, ...]) -> Config:
 @pytest.fixture(scope="module")
 def generator() -> Iterator[Generator]:
     config = config_on((1, 1, 1))
-    with quick(), on_mesh(config):
+    with on_mesh(config):
         yield Generator(config, random_model(config))
 
 
 @pytest.fixture(scope="module")
 def greedy(generator: Generator) -> list[Completion]:
-    with quick():
-        return generator.generate(PROMPTS, max_tokens=NEW, ignore_eos=True)
+    return generator.generate(PROMPTS, max_tokens=NEW, ignore_eos=True)
 
 
 def test_greedy_is_what_recomputing_the_prefix_gives(greedy: list[Completion]) -> None:
     config, tokenizer = config_on((1, 1, 1)), ByteTokenizer()
     with on_mesh(config):
         model = random_model(config)
-        forward = jax.jit(lambda model, tokens: model(tokens, evaluating=True)[0], compiler_options=QUICK)
+        forward = jax.jit(lambda model, tokens: model(tokens, evaluating=True)[0])
         tokens_NL = np.zeros((16, LENGTH), np.int32)
         length_N = np.array([len(p) for p in PROMPTS])
         for row, prompt in enumerate(PROMPTS):
@@ -80,7 +79,7 @@ def test_greedy_is_what_recomputing_the_prefix_gives(greedy: list[Completion]) -
 )
 def test_every_batch_size_and_mesh(greedy: list[Completion], mesh: tuple[int, ...], batch_size: int) -> None:
     config = config_on(mesh)
-    with quick(), on_mesh(config):
+    with on_mesh(config):
         generator = Generator(config, random_model(config), batch_size=batch_size, consume=True)
         done: list[int] = []
         found = generator.generate(PROMPTS, lambda number, _: done.append(number), max_tokens=NEW, ignore_eos=True)
@@ -105,7 +104,7 @@ def test_other_weights_are_not_compiled_again() -> None:
     """As a run's at each evaluation of its tasks; what is written is the new model's."""
     config, asked = config_on((1, 1, 1)), [tuple(prompt.encode()) for prompt in PROMPTS]
     prompts = [(ByteTokenizer().eos_id, *prompt) for prompt in asked]
-    with quick(), on_mesh(config):
+    with on_mesh(config):
         model = random_model(config)
         first, second = Generator(config, model), Generator(config, jax.tree.map(lambda w: -w, model))
         before = first.generate(prompts, max_tokens=NEW, ignore_eos=True)
@@ -130,27 +129,24 @@ def test_settings_of_each_request(generator: Generator, greedy: list[Completion]
         Request(PROMPTS[2], Sampling(max_tokens=NEW, stop=(stop,), ignore_eos=True)),
         Request(PROMPTS[0], hot),
     ]
-    with quick():
-        drawn, short, stopped, again = generator.generate(requests)
+    drawn, short, stopped, again = generator.generate(requests)
     assert drawn.tokens != again.tokens  # the seed is of the call, the number tells its requests apart
     assert short.tokens == greedy[1].tokens[:3] and short.finish_reason == "length"
     assert stopped.text == greedy[2].text[: greedy[2].text.index(stop)] and stopped.finish_reason == "stop"
 
 
 def test_streaming_gives_the_same_in_pieces(generator: Generator, greedy: list[Completion]) -> None:
-    with quick():
-        pieces = list(generator.stream(PROMPTS[3], max_tokens=NEW, ignore_eos=True))
-        tokens = tuple(ByteTokenizer().encode(PROMPTS[3]))
-        assert list(generator.stream(tokens, max_tokens=NEW, ignore_eos=True)) == pieces
+    pieces = list(generator.stream(PROMPTS[3], max_tokens=NEW, ignore_eos=True))
+    tokens = tuple(ByteTokenizer().encode(PROMPTS[3]))
+    assert list(generator.stream(tokens, max_tokens=NEW, ignore_eos=True)) == pieces
     assert "".join(pieces) == greedy[3].text and len(pieces) == NEW
 
 
 def test_parts_of_a_list_give_what_the_whole_list_gives(generator: Generator) -> None:
     requests = [Request(PROMPTS[0], Sampling(max_tokens=NEW, temperature=3.0, ignore_eos=True))] * 2
     numbers: list[int] = []
-    with quick():
-        whole = generator.generate(requests)
-        later = generator.generate(requests[1:], lambda number, _: numbers.append(number), first=1)
+    whole = generator.generate(requests)
+    later = generator.generate(requests[1:], lambda number, _: numbers.append(number), first=1)
     assert later[0].tokens == whole[1].tokens != whole[0].tokens and numbers == [1]
     with pytest.raises(ConfigError, match="prompt 8 is empty"):
         generator.generate([""], first=7)
@@ -160,7 +156,7 @@ def test_parts_of_a_list_give_what_the_whole_list_gives(generator: Generator) ->
 def test_a_prompt_whose_bucket_exceeds_the_learned_positions() -> None:
     """And rows that go on behind the last one, because others are not done, disturb nobody."""
     config = tiny(length=40, num_layers=1, positions="learned")
-    with quick(), on_mesh(config):
+    with on_mesh(config):
         model = random_model(config)
         generator = Generator(config, model)
         prompt, short = WORDS[:35], Request(WORDS[:2], Sampling(max_tokens=38, ignore_eos=True))
@@ -175,8 +171,7 @@ def test_a_prompt_whose_bucket_exceeds_the_learned_positions() -> None:
 def test_each_is_done_once(generator: Generator, greedy: list[Completion]) -> None:
     """Its first token and its second may be looked at together."""
     done: list[tuple[int, Completion]] = []
-    with quick():
-        generator.generate(PROMPTS, lambda *of: done.append(of), max_tokens=2, ignore_eos=True)
+    generator.generate(PROMPTS, lambda *of: done.append(of), max_tokens=2, ignore_eos=True)
     assert sorted(number for number, _ in done) == list(range(16))
     assert all(completion.tokens == greedy[number].tokens[:2] for number, completion in done)
 
@@ -276,14 +271,14 @@ def test_scores_are_those_of_the_logits(mesh: tuple[int, ...]) -> None:
     """Of texts of several lengths, in batches that don't divide them; token ids count as the text that they are."""
     config, tokenizer = config_on(mesh), ByteTokenizer()
     texts = [*PROMPTS[:4], "é", tuple(tokenizer.encode(PROMPTS[5]))]
-    with quick(), on_mesh(config):
+    with on_mesh(config):
         model = random_model(config)
         scored = Generator(config, model, batch_size=4).score(texts)
         tokens_NL = np.zeros((8, LENGTH), np.int32)
         tokens_NL[:, 0] = tokenizer.eos_id
         for row, score in enumerate(scored):
             tokens_NL[row, 1 : 1 + len(score.tokens)] = score.tokens
-        forward = jax.jit(lambda model, tokens: model(tokens, evaluating=True)[0], compiler_options=QUICK)
+        forward = jax.jit(lambda model, tokens: model(tokens, evaluating=True)[0])
         logprobs_NLV = np.asarray(jax.nn.log_softmax(forward(model, split_tokens(tokens_NL))))
     assert [score.tokens for score in scored[:5]] == [tuple(tokenizer.encode(text)) for text in texts[:5]]
     assert [score.bytes for score in scored] == [*(len(p) for p in PROMPTS[:4]), 2, len(PROMPTS[5])]
@@ -294,26 +289,25 @@ def test_scores_are_those_of_the_logits(mesh: tuple[int, ...]) -> None:
 
 
 def test_what_cannot_be_scored_is_said(generator: Generator) -> None:
-    with quick():
-        assert generator.score([]) == []
-        assert len(generator.score(["x" * LENGTH])[0].tokens) == LENGTH  # the longest
-        for texts, message in (
-            ("one text", "put the one text into brackets"),
-            ([PROMPTS[0], ""], "text 2 is empty"),
-            (["x" * (LENGTH + 1)], f"text 1 has {LENGTH + 1} tokens, which must be at most max_length={LENGTH}"),
-            ([(1, 9999)], "text 1 has the token 9999"),
-        ):
-            with pytest.raises(ConfigError, match=message):
-                generator.score(texts)
-        consumed = Generator(config := config_on((1, 1, 1)), random_model(config), consume=True)
-        with pytest.raises(ConfigError, match="consume=False"):
-            consumed.score(PROMPTS[:1])
+    assert generator.score([]) == []
+    assert len(generator.score(["x" * LENGTH])[0].tokens) == LENGTH  # the longest
+    for texts, message in (
+        ("one text", "put the one text into brackets"),
+        ([PROMPTS[0], ""], "text 2 is empty"),
+        (["x" * (LENGTH + 1)], f"text 1 has {LENGTH + 1} tokens, which must be at most max_length={LENGTH}"),
+        ([(1, 9999)], "text 1 has the token 9999"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            generator.score(texts)
+    consumed = Generator(config := config_on((1, 1, 1)), random_model(config), consume=True)
+    with pytest.raises(ConfigError, match="consume=False"):
+        consumed.score(PROMPTS[:1])
 
 
 def test_activations_that_overflow_are_an_error(generator: Generator) -> None:
     """Of parameters that are all finite."""
     config = config_on((1, 1, 1))
-    with quick(), on_mesh(config):
+    with on_mesh(config):
         huge = Generator(config, random_model(config, {"final_norm.scale_D": np.float32(3e38)}))
         for complete in (huge.generate, lambda prompts, **given: list(huge.stream(*prompts, **given))):
             with pytest.raises(ConfigError, match="prompt 1: the model gives NaN for token 1, for its activations"):

@@ -8,8 +8,8 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
-from model.tools import QUICK, abstract_model, on_mesh, random_model, split_batch, tiny
-from training.tools import quick, small, text
+from model.tools import abstract_model, on_mesh, random_model, split_batch, tiny
+from training.tools import small, text
 
 from bigmac_jax import restore
 from bigmac_jax.config import Config, ConfigError, load_config
@@ -30,7 +30,7 @@ def in_eight_bits(model: Any) -> Any:
     def narrow(of: Any, w: Any) -> Any:
         return dequantize(quantize(of, w), "float32") if should_quantize(of) else w
 
-    return jax.jit(functools.partial(map_declared, narrow), compiler_options=QUICK)(model)
+    return jax.jit(functools.partial(map_declared, narrow))(model)
 
 
 FSDP = (1, 1, 2, 2, True, True)
@@ -43,7 +43,7 @@ FSDP = (1, 1, 2, 2, True, True)
 def test_decoding_computes_with_them(mesh: tuple[int, ...], unroll: int) -> None:
     """As with the model whose weights were rounded; layers each by itself, and in one loop."""
     config = tiny(mesh, length=32, structure="bigmac", num_shared_experts=1, unroll_layers=unroll, num_kv_heads=2)
-    with quick(), on_mesh(config):
+    with on_mesh(config):
         model = random_model(config)
         prompts = [tuple(range(60 + i, 66 + i)) for i in range(3)]
         given: dict[str, Any] = {"max_tokens": 6, "ignore_eos": True}
@@ -88,13 +88,13 @@ def test_the_largest_of_a_channel_is_exact() -> None:
 def test_perplexity_stays(tmp_path: pathlib.Path) -> None:
     """Of a model that has learnt something: within half a percent."""
     config = small(tmp_path, "train.steps=60", "train.eval_every=0", "train.checkpoint_every=0", "train.log_every=20")
-    with quick(), jax.set_mesh(make_mesh(config)):
+    with jax.set_mesh(make_mesh(config)):
         train(config, tmp_path / "run")
         _, model = restore(tmp_path / "run")
         ids = ByteTokenizer().encode("".join(text(30, seed=5)))
         windows = np.asarray(ids[: len(ids) // 17 * 17], np.int32).reshape(-1, 17)
         batch = jax.tree.map(split_batch, batch_from_windows(windows))
-        score = jax.jit(lambda model, batch: token_scores(model, batch).nll_BL.mean(), compiler_options=QUICK)
+        score = jax.jit(lambda model, batch: token_scores(model, batch).nll_BL.mean())
         before, after = (float(score(m, batch)) for m in (model, in_eight_bits(model)))
     assert before < 3.5 and before != after
     assert abs(math.exp(after - before) - 1) <= 0.005

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from model.tools import PAPER, PRESENT, QUICK, abstract_model, on_mesh, random_model, split_batch, split_tokens, tiny
+from model.tools import PAPER, PRESENT, abstract_model, on_mesh, random_model, split_batch, split_tokens, tiny
 
 from bigmac_jax.config import Config
 from bigmac_jax.inference.kv_cache import Cache, Decoder, advance, compute_last_logits, make_cache, make_decoder
@@ -66,7 +66,7 @@ def paged_and_full(config: Config, exchange: str) -> tuple[np.ndarray, np.ndarra
         shards = batch_ranks()
         B = ROWS // shards
         model = random_model(config)
-        full = jax.jit(lambda model, tokens: model(tokens, evaluating=True)[0], compiler_options=QUICK)
+        full = jax.jit(lambda model, tokens: model(tokens, evaluating=True)[0])
         full_NLV = np.asarray(full(model, split_tokens(tokens_NL)))
         decoder = make_decoder(config, model, exchange)
         pages = LENGTH // PAGE
@@ -74,7 +74,7 @@ def paged_and_full(config: Config, exchange: str) -> tuple[np.ndarray, np.ndarra
         order = [draw.permutation(B * pages + 1)[: B * pages].reshape(B, pages) for _ in range(shards)]
         table_NK = np.concatenate(order).astype(np.int32)
         cache = jax.jit(lambda: make_cache(decoder, B * pages + 1, PAGE, B))()
-        run = jax.jit(step, donate_argnums=1, compiler_options=QUICK)
+        run = jax.jit(step, donate_argnums=1)
         found, expected = [], []
 
         def take(tokens_NC: np.ndarray, position_N: np.ndarray, count_N: np.ndarray) -> None:
@@ -184,7 +184,7 @@ def test_nothing_of_other_requests_is_read(mesh: str) -> None:
         slot_SB = np.tile(np.arange(B, dtype=np.int32), (shards, 1))
         found = []
         for cache in (empty, jax.tree.map(lambda pages: jnp.full_like(pages, jnp.nan), empty)):
-            run = jax.jit(step, compiler_options=QUICK)
+            run = jax.jit(step)
             rows = Rows(*(split_batch(v) for v in (table_SBK, 0 * count_SB, count_SB, slot_SB)))
             first, cache = run(decoder, cache, tokens_SW, rows)
             rows = Rows(*(split_batch(v) for v in (table_SBK, count_SB, 0 * count_SB + 1)))

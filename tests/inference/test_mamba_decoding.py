@@ -6,8 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from model.tools import QUICK, on_mesh, random_model, split_batch, split_tokens
-from training.tools import quick
+from model.tools import on_mesh, random_model, split_batch, split_tokens
 
 from bigmac_jax.config import Config
 from bigmac_jax.inference import Generator, Speculation
@@ -30,7 +29,7 @@ def hybrid(mesh: tuple[int, ...], **fields: Any) -> Config:
 def compare(mesh: tuple[int, ...], local: int, tokens: int, seeds: range) -> None:
     """Plays schedules without drafts and with them."""
     config = hybrid(mesh)
-    with quick(), on_mesh(config):
+    with on_mesh(config):
         model = random_model(config)
         plain = Generator(config, model)
         drafting = Generator(config, model, speculate=Speculation(tokens, local, least=0.0))
@@ -67,7 +66,7 @@ def test_what_is_refused_was_never_there() -> None:
 
     with on_mesh(config):
         decoder = make_decoder(config, random_model(config))
-        read, tried = (jax.jit(of, compiler_options=QUICK) for of in (advance, try_out))
+        read, tried = (jax.jit(of) for of in (advance, try_out))
 
         def rows(position: int, count_B: np.ndarray, *slot: np.ndarray) -> Rows:
             given = table_BK, np.full(B, position, np.int32), count_B.astype(np.int32), *slot
@@ -79,7 +78,7 @@ def test_what_is_refused_was_never_there() -> None:
             decoder, cache, split_batch(prompt_BC.reshape(1, -1)), rows(0, all_B, np.arange(B, dtype=np.int32))
         )[1]
         _, cache, seen = tried(decoder, before, split_batch(next_BC.reshape(1, -1)), rows(C, all_B))
-        settled = jax.jit(settle, compiler_options=QUICK)(decoder, cache, seen, split_batch(stays_B[None]))
+        settled = jax.jit(settle)(decoder, cache, seen, split_batch(stays_B[None]))
         expected = before
         for i in range(C):
             expected = read(decoder, expected, split_batch(next_BC[None, :, i]), rows(C + i, i < stays_B))[1]

@@ -9,7 +9,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from model.tools import leaf_name, on_mesh, random_model, split_batch, split_tokens, tiny
-from training.tools import quick
 
 from bigmac_jax.config import Config, ConfigError
 from bigmac_jax.inference import Generator, Request, Sampling, Speculation
@@ -177,7 +176,7 @@ def assert_as_in_training(model: Transformer, seen: list[Drafted]) -> int:
 def test_a_schedule_gives_what_the_whole_model_gives() -> None:
     """Tokens, drafts and the module's cache, against whole texts in their training form."""
     config = config_of("plain", (1, 1, 1))
-    with quick(), on_mesh(config):
+    with on_mesh(config):
         model = guessing_model(config)
         generator = Generator(config, model, speculate=Speculation(2, least=0.0))
         engine = generator.engine(SLOTS, (), POSITIONS, chunk=16, page_size=PAGE)
@@ -195,7 +194,7 @@ def test_any_schedule_gives_what_each_gets_alone(
 ) -> None:
     """Tokens as without drafts, and the module's cache as in its training form."""
     config = config_of(kind, mesh, **fields)
-    with quick(), on_mesh(config):
+    with on_mesh(config):
         model = guessing_model(config)
         plain, drafting = (Generator(config, model, speculate=how) for how in (None, Speculation(tokens, least=0.0)))
         positions = max(POSITIONS, LENGTH * int(np.prod(mesh[:4])))
@@ -218,7 +217,7 @@ def test_weights_of_fewer_bits_that_are_consumed_and_gathered(weights: str) -> N
     """The module's are kept like the model's, and the model's arrays are freed."""
     config = config_of("plain", (2, 1, 1, 1, True), mtp_modules=2)
     requests = [Request(WORDS[5 * i : 7 * i + 4], Sampling(12, float(i % 2), ignore_eos=True)) for i in range(6)]
-    with quick(), on_mesh(config):
+    with on_mesh(config):
         texts, generators = [], []
         for how in (None, Speculation(3, least=0.0)):
             model = guessing_model(config)

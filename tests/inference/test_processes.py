@@ -6,7 +6,7 @@ import pathlib
 import jax
 import pytest
 from training.runs import Job
-from training.tools import quick, small, text
+from training.tools import small, text
 
 from bigmac_jax.model.mesh import make_mesh
 from bigmac_jax.run.loop import train
@@ -16,7 +16,7 @@ from bigmac_jax.run.loop import train
 def test_two_processes_complete_what_one_does(tmp_path: pathlib.Path) -> None:
     """More prompts than slots, of several lengths, some drawn: every process takes the same steps."""
     config = small(tmp_path, "train.steps=2", "train.eval_every=0")
-    with quick(), jax.set_mesh(make_mesh(config)):
+    with jax.set_mesh(make_mesh(config)):
         train(config, tmp_path / "run")
     prompts = tmp_path / "prompts.jsonl"
     rows = [

@@ -8,8 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
-from model.tools import QUICK, on_mesh, random_model, random_tokens, split_tokens, tiny
-from training.tools import quick
+from model.tools import on_mesh, random_model, random_tokens, split_tokens, tiny
 
 from bigmac_jax.config import Config, ConfigError
 from bigmac_jax.inference import Generator, Speculation
@@ -48,7 +47,7 @@ def compare(model: str, mesh: tuple[int, ...], layers: int, how: Speculation | N
     """Plays schedules with experts in host memory against each request alone with all on the device; how many tokens
     were compared."""
     config, compared = config_of(model, mesh), 0
-    with quick(), on_mesh(config):
+    with on_mesh(config):
         parameters = random_model(config)
         plain = Generator(config, parameters, weights=weights)
         resident = Generator(with_resident(config, layers), parameters, weights=weights, speculate=how)
@@ -129,7 +128,7 @@ def assert_evaluates_as_on_the_device(config: Config, tolerance: float) -> Any:
         held = hold(config, given)
         assert all(in_host(leaf) for leaf in jax.tree.leaves(held.resident))
         tokens_BL = split_tokens(random_tokens(config)[:, :-1])
-        run = jax.jit(lambda model, tokens: model(tokens, evaluating=True), compiler_options=QUICK)
+        run = jax.jit(lambda model, tokens: model(tokens, evaluating=True))
         (expected, of_plain), (found, of_held) = run(given, tokens_BL), run(held, tokens_BL)
     np.testing.assert_allclose(found, expected, atol=tolerance * np.abs(expected).max())
     np.testing.assert_array_equal(of_held.load, of_plain.load)
@@ -150,7 +149,7 @@ def test_the_order_of_layers() -> None:
 
 def test_what_stands_on_the_device_is_the_ring() -> None:
     config = with_resident(config_of("dense first"), 2)
-    with quick(), on_mesh(config):
+    with on_mesh(config):
         given = random_model(config)
         generator = Generator(config, given)
         engine = generator.engine(SLOTS, (), POSITIONS, **SIZES)

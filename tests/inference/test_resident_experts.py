@@ -9,8 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from model.tools import QUICK, abstract_layer, on_mesh, random_like, random_model, split_tokens, tiny
-from training.tools import quick
+from model.tools import abstract_layer, on_mesh, random_like, random_model, split_tokens, tiny
 
 from bigmac_jax.config import Config, ConfigError
 from bigmac_jax.inference import Generator, Sampling, Speculation
@@ -106,9 +105,9 @@ def test_the_slots_are_those_of_a_loop(slots: int, latent_norm: str) -> None:
         layers = Layers(config)
         held = jax.jit(start_held, static_argnums=1)(layers.store, slots)
         brute = [Brute(slots) for _ in range(LAYERS)]
-        run = jax.jit(_apply, compiler_options=QUICK)
-        plain = jax.jit(lambda moe, x, padding: moe(x, True, padding), compiler_options=QUICK)
-        route = jax.jit(lambda moe, x, padding: moe.route(x, True, padding)[0].experts_BLK, compiler_options=QUICK)
+        run = jax.jit(_apply)
+        plain = jax.jit(lambda moe, x, padding: moe(x, True, padding))
+        route = jax.jit(lambda moe, x, padding: moe.route(x, True, padding)[0].experts_BLK)
         of_layers, without = [layers.of(layer) for layer in range(LAYERS)], layers.without()
         # Tokens that are alike choose alike, so that some experts are used more.
         common = draw.standard_normal((4, 1, 16)).astype(np.float32)
@@ -171,7 +170,7 @@ def test_greedy_tokens_are_those_of_experts_on_the_device() -> None:
     """Those that the whole model thinks likeliest. No expert is copied, or counted, for a slot without a request."""
     config, prompts = tiny(length=LENGTH, structure="bigmac"), ([200], [5, 7, 11], [3, 1, 4, 1, 5, 9, 2, 6])
     sampling = Sampling(max_tokens=12, ignore_eos=True)
-    with quick(), on_mesh(config):
+    with on_mesh(config):
         model = random_model(config)
         generator = Generator(with_resident(config, experts=3), model)
         engine = generator.engine(SLOTS, (), POSITIONS, **SIZES)
@@ -188,7 +187,7 @@ def test_greedy_tokens_are_those_of_experts_on_the_device() -> None:
         read_BL = np.zeros((len(jobs), LENGTH), np.int32)
         for row_L, prompt, job in zip(read_BL, prompts, jobs, strict=True):
             row_L[: len(prompt) + 12] = [*prompt, *job.text.tokens]
-        run = jax.jit(lambda model, tokens: model(tokens, evaluating=True)[0].argmax(-1), compiler_options=QUICK)
+        run = jax.jit(lambda model, tokens: model(tokens, evaluating=True)[0].argmax(-1))
         likeliest_BL = np.asarray(run(model, split_tokens(read_BL)))
     expected = [row_L[len(of) - 1 :][:12].tolist() for row_L, of in zip(likeliest_BL, prompts, strict=True)]
     assert [job.text.tokens for job in jobs] == expected and len(set(map(tuple, expected))) == 3
@@ -197,7 +196,7 @@ def test_greedy_tokens_are_those_of_experts_on_the_device() -> None:
 def compare(model: str, experts: int, how: Speculation | None, weights: str, seeds: range) -> int:
     """Plays schedules against each request alone with all experts on the device; how many tokens were compared."""
     config, compared = config_of(model), 0
-    with quick(), on_mesh(config):
+    with on_mesh(config):
         parameters = random_model(config)
         plain = Generator(config, parameters, weights=weights)
         resident = Generator(with_resident(config, experts=experts), parameters, weights=weights, speculate=how)
@@ -254,7 +253,7 @@ def test_a_model_in_host_memory_evaluates_as_on_the_device(model: str, experts: 
 def test_texts_are_scored(asked: dict[str, int]) -> None:
     """By a model that was made to stand on the device."""
     config = config_of("dense first")
-    with quick(), on_mesh(config):
+    with on_mesh(config):
         parameters = random_model(config)
         (expected,), (found,) = (
             Generator(with_resident(config, **of), parameters).score(["the peace of the nation"])

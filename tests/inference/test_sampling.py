@@ -5,7 +5,7 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
-from model.tools import QUICK, on_mesh, split_batch, split_tokens, tiny
+from model.tools import on_mesh, split_batch, split_tokens, tiny
 
 from bigmac_jax.config import ConfigError
 from bigmac_jax.inference.sampling import RowSampling, Sampled, Sampling, sample
@@ -14,7 +14,7 @@ SHARES = np.array([0.1, 0.5, 0.05, 0.3, 0.05])  # by token; sorted: 1, 3, 0, the
 N = 4000
 
 
-RUN = jax.jit(sample, compiler_options=QUICK)
+RUN = jax.jit(sample)
 
 
 def chosen(samplings: list[Sampling], requests: list[int], positions: np.ndarray, logits_V: np.ndarray) -> Sampled:

@@ -9,7 +9,6 @@ import jax
 import numpy as np
 import pytest
 from model.tools import abstract_model, leaf_name, on_mesh, random_model
-from training.tools import quick
 
 from bigmac_jax.config import Config
 from bigmac_jax.inference import Generator, Request, Sampling, Speculation
@@ -63,7 +62,7 @@ def test_any_schedule_gives_what_each_gets_alone_without_drafts(
     mesh: tuple, local: int, tokens: int, seeds: range
 ) -> None:
     config = config_on(mesh)
-    with quick(), on_mesh(config):
+    with on_mesh(config):
         model = random_model(config)
         plain, drafts = (
             Generator(config, model, speculate=how) for how in (None, Speculation(tokens, local, least=0.0))
@@ -81,7 +80,7 @@ def test_any_schedule_gives_what_each_gets_alone_without_drafts(
 @pytest.fixture(scope="module")
 def two_ranks() -> Iterator[tuple[Config, Any]]:
     config = config_on((1, 1, 2))
-    with quick(), on_mesh(config):
+    with on_mesh(config):
         yield config, random_model(config)
 
 
@@ -89,7 +88,7 @@ def two_ranks() -> Iterator[tuple[Config, Any]]:
 def test_all_is_accepted_where_experts_give_nothing() -> None:
     """Drawn tokens, too; a request of sixteen takes the step of its prompt and three of five."""
     config = config_on((1, 1, 2))
-    with quick(), on_mesh(config):
+    with on_mesh(config):
         shapes = {
             leaf_name(path): leaf.shape for path, leaf in jax.tree_util.tree_leaves_with_path(abstract_model(config))
         }
@@ -111,7 +110,7 @@ def test_all_is_accepted_where_experts_give_nothing() -> None:
 def test_not_all_where_they_are_left_out(two_ranks: tuple[Config, Any]) -> None:
     """What is accepted and what is not: the tokens are those without drafts."""
     config, model = two_ranks
-    with quick(), on_mesh(config):
+    with on_mesh(config):
         expected, _ = run(config, model, mixed())
         found, generator = run(config, model, mixed(), Speculation(4))
     assert [completion.tokens for completion in found] == [completion.tokens for completion in expected]
@@ -122,7 +121,7 @@ def test_not_all_where_they_are_left_out(two_ranks: tuple[Config, Any]) -> None:
 def test_the_most_likely_tokens_are_those_of_each_position(two_ranks: tuple[Config, Any]) -> None:
     config, model = two_ranks
     likely = []
-    with quick(), on_mesh(config):
+    with on_mesh(config):
         for how in (None, Speculation(4)):
             generator = Generator(config, model, speculate=how)
             engine = generator.engine(SLOTS, (), POSITIONS, **SIZES)
@@ -147,7 +146,7 @@ def test_drafts_that_are_not_accepted_pause(
     monkeypatch.setattr(drafting, "_WINDOW", 40)
     monkeypatch.setattr(drafting, "_PAUSE", 3)
     requests = mixed(24)
-    with quick(), on_mesh(config), caplog.at_level(logging.INFO):
+    with on_mesh(config), caplog.at_level(logging.INFO):
         expected, _ = run(config, model, requests)
         found, generator = run(config, model, requests, Speculation(4, least=0.99))
     assert [c.tokens for c in found] == [c.tokens for c in expected]
@@ -161,7 +160,7 @@ def test_drafts_that_are_not_accepted_pause(
 def test_what_is_drawn_is_drawn_as_without_drafts() -> None:
     """Texts of three tokens, by a chi-square test of two samples: other seeds, so that they are independent."""
     config, count = config_on((1, 1, 2)), 3000
-    with quick(), on_mesh(config):
+    with on_mesh(config):
         model = random_model(config)
         samples = []
         for seed, how in ((1, None), (2, Speculation(2, least=0.0))):

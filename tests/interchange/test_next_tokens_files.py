@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from model.tools import QUICK, leaves, on_mesh, random_model, split_tokens, tiny
+from model.tools import leaves, on_mesh, random_model, split_tokens, tiny
 from safetensors.numpy import load_file, save_file
 
 from bigmac_jax.config import Config, ConfigError
@@ -42,7 +42,7 @@ def our_next(config: Config, model: Any, tokens_BL: np.ndarray) -> list[np.ndarr
             logits.append(model.logits(x_BLD))
         return logits
 
-    found = jax.jit(compute, compiler_options=QUICK)(model, split_tokens(tokens_BL))
+    found = jax.jit(compute)(model, split_tokens(tokens_BL))
     return [np.asarray(logits)[:, : L - k] for k, logits in enumerate(found, 1)]
 
 

@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import numpy as np
 import tokenizers
-from model.tools import PAPER, QUICK, random_tokens, split_tokens, tiny
+from model.tools import PAPER, random_tokens, split_tokens, tiny
 
 from bigmac_jax.config import Config
 from bigmac_jax.data.tokenizer import JsonTokenizer
@@ -89,7 +89,7 @@ def our_logits(model: Any, tokens_BL: np.ndarray) -> np.ndarray:
     return np.asarray(_logits(model, split_tokens(tokens_BL)))
 
 
-@functools.partial(jax.jit, compiler_options=QUICK)  # a model of the same config is compiled once
+@functools.partial(jax.jit)  # a model of the same config is compiled once
 def _logits(model: Any, tokens_BL: jax.Array) -> jax.Array:
     logits_BLV: jax.Array = model(tokens_BL, evaluating=True)[0]
     return logits_BLV

@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 from bigmac_jax.config import Config
 from bigmac_jax.model.mesh import batch_spec, token_spec
 
-from .tools import QUICK, abstract_layer, abstract_model, on_mesh
+from .tools import abstract_layer, abstract_model, on_mesh
 
 Operand = tuple[str, tuple[int, ...]]  # dtype, shape on one rank
 
@@ -83,7 +83,7 @@ class Collective(NamedTuple):
 
 def collectives(traced: Any) -> list[Collective]:
     """Those in the HLO text; a loop's body counts once. Reads no replica groups, which print differently by version."""
-    text = traced.lower().compile(compiler_options=QUICK).as_text()
+    text = traced.lower().compile().as_text()
     found = re.findall(r"= (.*?) (all-to-all|all-gather|reduce-scatter|all-reduce)(?:-start)?\(", text)
     return [
         Collective(kind, [_operand(*part) for part in re.findall(r"\b([a-z]+\d+)\[([\d,]*)\]", line)])

@@ -17,7 +17,7 @@ from bigmac_jax.model.moe import MoE
 from bigmac_jax.model.parameters import leaf_name
 from bigmac_jax.model.transformer import Transformer
 
-from .tools import QUICK, abstract_model, leaves, on_mesh, random_model, random_tokens, split_tokens, tiny
+from .tools import abstract_model, leaves, on_mesh, random_model, random_tokens, split_tokens, tiny
 
 MAMBA: dict[str, Any] = {"mamba_heads": 4, "mamba_head_dim": 4, "mamba_groups": 2, "mamba_state": 6, "mamba_chunk": 3}
 PATTERNS = [("ME*EM-", 2), ("*EME*EM-ME", 1), ("E*", 2), ("MM*E", 1), ("ME*EEE", 1), ("MEE", 1)]
@@ -65,8 +65,7 @@ def test_values_and_gradients(blocks: str, times: int, remat: str, monkeypatch: 
     with on_mesh(config):
         model, tokens = random_model(config), split_tokens(random_tokens(config)[:, :-1])
         (found, gradients), (expected, right) = (
-            jax.jit(jax.value_and_grad(of, has_aux=True), compiler_options=QUICK)(model, tokens)
-            for of in (in_loops, in_turn)
+            jax.jit(jax.value_and_grad(of, has_aux=True))(model, tokens) for of in (in_loops, in_turn)
         )
         for value, other in zip(found[1], expected[1], strict=True):
             np.testing.assert_allclose(value, other, atol=1e-5 * np.abs(other).max())

@@ -17,7 +17,7 @@ from bigmac_jax.model.router import Padding
 from bigmac_jax.training.loss import loss_fn, token_scores
 from bigmac_jax.training.step import make_trainer
 
-from .tools import PAPER, PRESENT, QUICK, assert_close, leaves, on_mesh, random_model, split_batch, split_tokens, tiny
+from .tools import PAPER, PRESENT, assert_close, leaves, on_mesh, random_model, split_batch, split_tokens, tiny
 
 B, L = 8, 16
 EXCHANGES = ["all_to_all", *(pytest.param(name, marks=pytest.mark.full) for name in STRATEGIES if name != "all_to_all"),
@@ -37,7 +37,7 @@ def loss_and_gradients(model: Any, batch: Batch) -> dict[str, np.ndarray]:
     def loss(model: Any) -> jax.Array:
         return loss_fn(model, batch)[1].cross_entropy_U.mean()
 
-    value, gradients = jax.jit(jax.value_and_grad(loss), compiler_options=QUICK)(model)
+    value, gradients = jax.jit(jax.value_and_grad(loss))(model)
     # That of a bias on all keys is nothing but rounding: it moves all scores of a query alike.
     return {"loss": np.asarray(value)} | {n: v for n, v in leaves(gradients).items() if "key.b_F" not in n}
 
@@ -100,13 +100,13 @@ def test_padding_goes_to_no_expert(mesh: tuple[int, ...], exchange: str) -> None
     padding_BL[:, 4:] = True
     x_BLD[padding_BL] = x_BLD[0, 5]  # all alike
     evaluating = exchange != "capacity"  # a real token loses no choice to padding: three quarters of the room are free
-    call = jax.jit(lambda layer, x, mask: layer(x, evaluating, Padding.of(mask)), compiler_options=QUICK)
+    call = jax.jit(lambda layer, x, mask: layer(x, evaluating, Padding.of(mask)))
     with on_mesh(config):
         layer = jax.tree.map(lambda leaf: leaf[0], random_model(config).layers.mlp)
         y_BLD, aux = call(layer, split_tokens(x_BLD), split_tokens(padding_BL))
         short = dataclasses.replace(config, data=dataclasses.replace(config.data, sequence_length=4))
     with on_mesh(short):
-        real_BLD, real = jax.jit(lambda layer, x: layer(x, True), compiler_options=QUICK)(
+        real_BLD, real = jax.jit(lambda layer, x: layer(x, True))(
             jax.tree.map(lambda leaf: leaf[0], random_model(short).layers.mlp), split_tokens(x_BLD[:, :4])
         )
     y_BLD = np.asarray(y_BLD)
@@ -131,8 +131,8 @@ def test_the_loss_is_the_mean_over_the_targets(mesh: tuple[int, ...]) -> None:
     config = tiny(mesh, batch=B, length=L)
     with on_mesh(config):
         model, batch = random_model(config), masked_batch(config, 2)
-        scores = jax.jit(token_scores, compiler_options=QUICK)(model, batch)
-        loss = jax.jit(loss_fn, compiler_options=QUICK)(model, batch)[1].cross_entropy_U.mean()
+        scores = jax.jit(token_scores)(model, batch)
+        loss = jax.jit(loss_fn)(model, batch)[1].cross_entropy_U.mean()
     counted = np.asarray(batch.targets_BL) != NO_TARGET
     assert float(loss) == pytest.approx(float(np.asarray(scores.nll_BL)[counted].mean()), rel=1e-6)
 
@@ -146,7 +146,7 @@ def test_parts_of_a_batch_weigh_as_many_targets_as_they_have() -> None:
         with on_mesh(dataclasses.replace(config, train=train)):
             trainer = make_trainer(dataclasses.replace(config, train=train), make_mesh(config))
             state, batch = trainer.init(jax.random.key(0)), masked_batch(config, 3)
-            step = trainer.step.lower(state, batch, rate := trainer.rate(0)).compile(compiler_options=QUICK)
+            step = trainer.step.lower(state, batch, rate := trainer.rate(0)).compile()
             state, metrics = step(state, batch, rate)
             made[parts] = {"loss": np.asarray(metrics.loss), "norm": np.asarray(metrics.grad_norm)} | leaves(
                 state.params

@@ -17,7 +17,7 @@ from bigmac_jax.model.exchange.rows import sorted_by
 from bigmac_jax.model.mesh import EXPERT_GROUP
 
 from .reference import reference
-from .tools import QUICK, assert_close, leaves, on_mesh, random_model, random_tokens, split_batch, tiny
+from .tools import assert_close, leaves, on_mesh, random_model, random_tokens, split_batch, tiny
 
 INF = math.inf
 
@@ -33,9 +33,7 @@ def on_ranks(sizes: Sizes, function: Any) -> Any:
     """`function` in a shard_map over the ranks, the first dimension of its arguments and results split."""
     config = tiny((1, *sizes))
     with on_mesh(config):
-        mapped = jax.jit(
-            jax.shard_map(function, in_specs=P(EXPERT_GROUP), out_specs=P(EXPERT_GROUP)), compiler_options=QUICK
-        )
+        mapped = jax.jit(jax.shard_map(function, in_specs=P(EXPERT_GROUP), out_specs=P(EXPERT_GROUP)))
 
     def run(*arrays: Any) -> Any:
         with on_mesh(config):
@@ -322,7 +320,7 @@ def test_aux_reports_each_layers_drops(mesh: tuple[int, int, int]) -> None:
     with on_mesh(config):
         model = random_model(config, {"layers.mlp.router_bias_E": bias})
         values = leaves(model)
-        run = jax.jit(lambda m, t, evaluating: m(t, evaluating=evaluating)[1], static_argnums=2, compiler_options=QUICK)
+        run = jax.jit(lambda m, t, evaluating: m(t, evaluating=evaluating)[1], static_argnums=2)
         aux, free = (jax.tree.map(np.asarray, run(model, split_batch(tokens), freely)) for freely in (False, True))
 
     layers = reference(config.model, {name: jnp.asarray(value) for name, value in values.items()}, tokens)[1]

@@ -17,7 +17,7 @@ from bigmac_jax.model.kernels.flash_attention import block_length, causal_attent
 from bigmac_jax.model.mesh import batch_spec, split_spec
 
 from .test_grouped_matmul_gpu import h100
-from .tools import QUICK, assert_close, on_mesh, pairwise, some, split_batch, tiny
+from .tools import assert_close, on_mesh, pairwise, some, split_batch, tiny
 
 FUNCTIONS = {
     "splash": functools.partial(flash_attention.splash, interpret=True),
@@ -76,7 +76,7 @@ def results(attention: Any, q: Any, k: Any, v: Any, dy: Any, segments: Any) -> d
     return {"y": y} | dict(zip(("dq", "dk", "dv"), pull(dy), strict=True))
 
 
-compiled = jax.jit(results, static_argnums=0, compiler_options=QUICK)
+compiled = jax.jit(results, static_argnums=0)
 
 
 def check(name: str, kind: str, B: int, L: int, N: int, G: int, H: int) -> None:
@@ -132,7 +132,7 @@ def test_kernels_on_each_of_several_ranks(name: str) -> None:
     with on_mesh(tiny((2, 1, 2))):
         *heads, dy = (jax.device_put(x, split_spec(4)) for x in arrays)
         actual = compiled(attention, *heads, dy, split_batch(segments))
-        y = jax.jit(attention, compiler_options=QUICK)(*heads, split_batch(segments))  # without a gradient
+        y = jax.jit(attention)(*heads, split_batch(segments))  # without a gradient
     np.testing.assert_allclose(y, actual["y"], atol=1e-6)
     assert_close(actual, expected(*arrays, segments))
 
@@ -145,7 +145,7 @@ def test_nothing_crosses_from_a_document_to_another() -> None:
         moved = [x.copy() for x in (q, k, v)]
         for x in moved:
             x[:, :80] = 100 * x[:, :80] + 1
-        y, other = (jax.jit(function, compiler_options=QUICK)(*given, segments) for given in ((q, k, v), moved))
+        y, other = (jax.jit(function)(*given, segments) for given in ((q, k, v), moved))
         np.testing.assert_array_equal(y[:, 80:], other[:, 80:], err_msg=name)
         assert np.abs(y[:, :80] - other[:, :80]).max() > 1
 

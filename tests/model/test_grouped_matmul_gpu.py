@@ -17,7 +17,7 @@ from bigmac_jax.model.gathering import InStack
 from bigmac_jax.model.kernels import grouped_matmul, grouped_matmul_gpu
 from bigmac_jax.model.kernels.grouped_matmul_gpu import gmm, tgmm
 
-from .tools import QUICK, assert_close
+from .tools import assert_close
 
 # M, e, X, Y: neither X nor Y is a multiple of a tile or a power of two. The mean group of the second is long; the third
 # has fewer rows than groups.
@@ -65,7 +65,7 @@ def expected(x: Any, w: Any, dy: Any, sizes: Any) -> dict[str, np.ndarray]:
     return {"y": y, "dx": dx, "dw": dw}
 
 
-@jax.jit(compiler_options=QUICK)
+@jax.jit
 def results(x: jax.Array, w: jax.Array, dy: jax.Array, sizes: jax.Array) -> dict[str, jax.Array]:
     dx = gmm(dy, w, sizes, transpose_rhs=True, interpret=True)
     dw = tgmm(x, dy, sizes, dtype=w.dtype, interpret=True)
@@ -189,7 +189,7 @@ def test_nothing_outside_the_arrays_is_touched(monkeypatch: pytest.MonkeyPatch) 
     for shape, sizes in ((SHORT, [0, 129, 7, 64, 0, 100]), (LONG, [450, 450])):
         M, e, X, Y = shape
         x, w, dy = draw((M, X), 0), draw((e, X, Y), 1), draw((M, Y), 2)
-        afresh = jax.jit(lambda *arrays: results.__wrapped__(*arrays), compiler_options=QUICK)
+        afresh = jax.jit(lambda *arrays: results.__wrapped__(*arrays))
         assert_close(actual(x, w, dy, sizes, afresh), expected(x, w, dy, sizes))
 
 
@@ -209,7 +209,7 @@ def test_weights_are_cast_to_the_rows_dtype() -> None:
     M, e, X, Y = SHORT
     x, w = jnp.asarray(draw((M, X), 0), jnp.bfloat16), draw((e, X, Y), 1)
     sizes = jnp.full((e,), M // e, jnp.int32)
-    y = jax.jit(gmm, static_argnames="interpret", compiler_options=QUICK)
+    y = jax.jit(gmm, static_argnames="interpret")
     np.testing.assert_array_equal(y(x, w, sizes, interpret=True), y(x, w.astype(jnp.bfloat16), sizes, interpret=True))
 
 

@@ -12,7 +12,7 @@ from bigmac_jax.model.exchange import rows
 from bigmac_jax.model.experts import grouped_mlp, sort_for_kernel
 from bigmac_jax.model.groups import group, sort
 
-from .tools import QUICK, assert_close, pairwise, tiny
+from .tools import assert_close, pairwise, tiny
 
 
 @pytest.mark.parametrize(
@@ -139,7 +139,7 @@ def test_every_choice_is_computed_once(skew: str, layout: tuple[str, int, int], 
     def layer(w: dict, x: jax.Array, gate: jax.Array) -> jax.Array:
         return grouped_mlp(config, w, x, gate, jnp.asarray(expert_NK), share)
 
-    actual = jax.jit(lambda *a: results(layer, *a), compiler_options=QUICK)(w, x, gate)
+    actual = jax.jit(lambda *a: results(layer, *a))(w, x, gate)
     assert_close(actual, results(reference, w, x, gate))
 
 
@@ -168,6 +168,6 @@ def test_an_experts_blocks_add_up_in_float32(implementation: str) -> None:
         def loss(w: dict) -> jax.Array:
             return grouped_mlp(config, w, x.astype(dtype), jnp.ones((N, 1)), expert_NK, N // e).sum(dtype=jnp.float32)
 
-        return jax.jit(jax.grad(loss), compiler_options=QUICK)(w)
+        return jax.jit(jax.grad(loss))(w)
 
     assert_close(gradient("bfloat16"), gradient("float32"), 0.003)

@@ -14,7 +14,7 @@ from bigmac_jax.model.attention import rotate
 from bigmac_jax.model.kernels.flash_attention import causal_attention
 from bigmac_jax.model.layers import weight_gradient
 
-from .tools import QUICK, assert_close, on_mesh, split_batch, tiny
+from .tools import assert_close, on_mesh, split_batch, tiny
 
 
 def plain_attention(q_BLNH: jax.Array, k_BLGH: jax.Array, v_BLGH: jax.Array) -> jax.Array:
@@ -48,7 +48,7 @@ def test_attention_is_attention(length: int, kv_heads: int, implementation: str)
 
     with on_mesh(tiny((2, 1, 1))):
         actual, expected = (
-            jax.jit(run, static_argnums=0, compiler_options=QUICK)(f)
+            jax.jit(run, static_argnums=0)(f)
             for f in (functools.partial(causal_attention, implementation=implementation), plain_attention)
         )
     assert_close(actual, expected)

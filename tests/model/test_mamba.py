@@ -18,7 +18,7 @@ from bigmac_jax.model.state_space import Steps, scan_states
 from bigmac_jax.planning import hlo
 from bigmac_jax.planning.hlo_flops import matmul_flops
 
-from .tools import QUICK, assert_close, leaves, on_mesh, split_batch, split_tokens, tiny
+from .tools import assert_close, leaves, on_mesh, split_batch, split_tokens, tiny
 
 CONVOLUTIONS = {"inner": "conv_inner", "b": "conv_b", "c": "conv_c"}
 Values = dict[str, np.ndarray]
@@ -185,7 +185,7 @@ def computed(config: Config, segments_BL: np.ndarray | None, **random: float) ->
     with on_mesh(config):
         layer = random_layer(config, **random)
         documents = None if segments_BL is None else find_documents(split_batch(segments_BL))
-        step = jax.jit(jax.grad(loss, argnums=(0, 1), has_aux=True), compiler_options=QUICK)
+        step = jax.jit(jax.grad(loss, argnums=(0, 1), has_aux=True))
         dtype = config.execution.dtype
         x_BLD, dy_BLD = (split_tokens(jnp.asarray(v, dtype)) for v in (x_BLD, dy_BLD))
         (gradient, dx), y = step(layer, x_BLD, dy_BLD, documents)
@@ -260,7 +260,7 @@ def scanned(logs: np.ndarray, chunk: int, x: float = 1.0, dtype: Any = jnp.float
     steps = Steps(
         x * one_BLF, jnp.ones((1, len(logs), 1)), jnp.asarray(logs, jnp.float32)[None, :, None], one_BLF, one_BLF
     )
-    gradient, (y, state) = jax.jit(jax.grad(run, has_aux=True), compiler_options=QUICK)(steps)
+    gradient, (y, state) = jax.jit(jax.grad(run, has_aux=True))(steps)
     return np.asarray(y), np.asarray(state), gradient
 
 
@@ -312,8 +312,8 @@ def pieces(config: Config, counts_PB: np.ndarray, C: int) -> tuple[Values, Value
 
     with on_mesh(config):
         layer = random_layer(config)
-        y_BLI, last = jax.jit(whole, compiler_options=QUICK)(layer, split_tokens(layer_inputs))
-        step = jax.jit(on_rows, compiler_options=QUICK)
+        y_BLI, last = jax.jit(whole)(layer, split_tokens(layer_inputs))
+        step = jax.jit(on_rows)
         B, L, D = layer_inputs.shape
         done_B, found_BLI, past = np.zeros(B, int), np.zeros(y_BLI.shape, np.float32), None
         for count_B in counts_PB:
@@ -358,7 +358,7 @@ def test_in_bfloat16() -> None:
 def test_what_it_starts_as() -> None:
     config = small(mamba_heads=256, mamba_groups=1, mamba_state=8, mamba_bias=True)
     with on_mesh(config):
-        values = leaves(jax.jit(lambda: Mamba(config, jax.random.key(0)), compiler_options=QUICK)())
+        values = leaves(jax.jit(lambda: Mamba(config, jax.random.key(0)))())
     rates, steps = np.exp(values["a_log_N"]), np.logaddexp(0, values["time_bias_N"])
     assert 1 <= rates.min() < 1.5 and 15 < rates.max() <= 16 and 8 < rates.mean() < 9
     assert 1e-3 <= steps.min() * 1.001 < 1.2e-3 and 0.08 < steps.max() <= 0.1 * 1.001

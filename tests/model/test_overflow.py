@@ -19,7 +19,7 @@ from bigmac_jax.model.router import Padding
 from bigmac_jax.model.traffic import exchange_traffic
 
 from . import reference
-from .tools import QUICK, abstract_layer, assert_close, leaves, on_mesh, random_like, split_tokens, tiny
+from .tools import abstract_layer, assert_close, leaves, on_mesh, random_like, split_tokens, tiny
 
 CPU = ExpertGroup((1, 4), "cpu", "")
 Pairs = set[tuple[int, int]]
@@ -53,7 +53,7 @@ def make(num_experts: int, factor: float) -> AllToAll:
 
 def place(exchange: AllToAll, ranked_TN: Any) -> Any:
     """Of two choices a token."""
-    return jax.jit(lambda ranked_TN: exchange.place(ranked_TN, 2), compiler_options=QUICK)(jnp.asarray(ranked_TN))
+    return jax.jit(lambda ranked_TN: exchange.place(ranked_TN, 2))(jnp.asarray(ranked_TN))
 
 
 def test_by_hand() -> None:
@@ -93,7 +93,7 @@ def test_100_random_routings_equal_the_rule(T: int, E: int, K: int, tries: int, 
         placed_TK = exchange.place(ranked_TN, K)
         return placed_TK, exchange.plan(placed_TK)
 
-    placed_nTK, plans = jax.tree.map(np.asarray, jax.jit(jax.vmap(run), compiler_options=QUICK)(ranked_nTN))
+    placed_nTK, plans = jax.tree.map(np.asarray, jax.jit(jax.vmap(run))(ranked_nTN))
     moved = drops = 0
     for n in range(100):
         expected_TK, dropped = place_by_rule(ranked_nTN[n], K, E, C)
@@ -175,7 +175,7 @@ def test_the_layer_equals_a_dense_one_with_the_rules_experts(
     with on_mesh(config):
         layer = random_like(abstract_layer(config), config)
         values = leaves(layer)
-        step = jax.jit(jax.grad(loss, argnums=(0, 1), has_aux=True), compiler_options=QUICK)
+        step = jax.jit(jax.grad(loss, argnums=(0, 1), has_aux=True))
         (d_layer, dx), (y, stats) = step(layer, split_tokens(x_BLD), split_tokens(dy_BLD), split_tokens(padding_BL))
         found = leaves(d_layer) | {"dx": np.asarray(dx), "y": np.asarray(y)}
         stats = jax.tree.map(lambda v: np.asarray(v).mean(0), stats)
@@ -206,7 +206,7 @@ def test_the_layer_equals_a_dense_one_with_the_rules_experts(
             return jnp.sum(y_BLD * dy_BLD), y_BLD
 
         bias = {name: parameters.pop(name) for name in ("router_bias_E",) if name in parameters}
-        gradient = jax.jit(jax.grad(expected_loss, argnums=(0, 1), has_aux=True), compiler_options=QUICK)
+        gradient = jax.jit(jax.grad(expected_loss, argnums=(0, 1), has_aux=True))
         gradients, y = gradient(parameters, jnp.asarray(x_BLD, jnp.float64))
         expected = gradients[0] | {"dx": gradients[1], "y": y}
         expected = {name: np.asarray(value) for name, value in expected.items()}

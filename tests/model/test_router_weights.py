@@ -16,7 +16,6 @@ from bigmac_jax.model.router import score_experts
 from bigmac_jax.model.router_weights import HyperRouter, router_parameters, router_weights
 
 from .tools import (
-    QUICK,
     abstract_layer,
     assert_close,
     leaves,
@@ -56,7 +55,7 @@ def test_logits_and_the_vectors_gradient(mesh: tuple[Any, ...], width: int) -> N
             logits_BLE = logits_of(config, layer, x_BLD)
             return jnp.sum(logits_BLE * d_BLE), logits_BLE
 
-        step = jax.jit(jax.grad(total, argnums=(0, 1), has_aux=True), compiler_options=QUICK)
+        step = jax.jit(jax.grad(total, argnums=(0, 1), has_aux=True))
         (of_layer, dx), logits = step(layer, split_tokens(x), split_tokens(d))
         found = {"logits": logits, "vector": of_layer.hyper.vector_D.get_value(), "x": dx}
 
@@ -100,7 +99,7 @@ def test_a_model_of_the_matrix_that_is_made() -> None:
     with on_mesh(config):
         model, tokens = random_model(config), split_tokens(random_tokens(config)[:, :-1])
         plain_config, plain = plain_router(config, model)
-        call = jax.jit(lambda model, tokens: model(tokens, evaluating=True)[0], compiler_options=QUICK)
+        call = jax.jit(lambda model, tokens: model(tokens, evaluating=True)[0])
         np.testing.assert_allclose(call(plain, tokens), call(model, tokens), atol=2e-6, rtol=0)
         names = named_leaves(model).keys() ^ named_leaves(plain).keys()
         assert plain_router(plain_config, plain) == (plain_config, plain)

@@ -17,7 +17,6 @@ from .program import all_to_alls, forward, payloads
 from .tools import (  # fmt: skip
     PAPER,
     PRESENT,
-    QUICK,
     abstract_model,
     assert_close,
     leaves,
@@ -45,7 +44,7 @@ def test_causal(model: dict[str, Any]) -> None:
         return jnp.sum(model(tokens)[0] * projection * at_L.reshape(1, -1, 1))
 
     with on_mesh(config):
-        gradient = jax.jit(lambda model, at_L: jax.grad(logit)(model, at_L).embedding_VD[...], compiler_options=QUICK)
+        gradient = jax.jit(lambda model, at_L: jax.grad(logit)(model, at_L).embedding_VD[...])
         model = random_model(config)
         reach_LL = np.stack([np.abs(gradient(model, row)).max(-1)[:8] for row in jnp.eye(8)])
     assert (reach_LL[np.tril_indices(8)] > 1e-6).all()
@@ -144,7 +143,7 @@ def dropout_sums(mesh: tuple[int, int, int], seed: int | None, rate: float = 0.5
     with on_mesh(config), pytest.MonkeyPatch.context() as patch:
         patch.setattr(Norm, "__call__", lambda self, x: x)
         key = None if seed is None else jax.random.key(seed)
-        run = jax.jit(lambda m, t: m.features(t, dropout_key=key, evaluating=False)[0], compiler_options=QUICK)
+        run = jax.jit(lambda m, t: m.features(t, dropout_key=key, evaluating=False)[0])
         return np.asarray(run(random_model(config, given), split_tokens(random_tokens(config)[:, :-1])))
 
 
@@ -182,7 +181,7 @@ EVERYTHING = PAPER | {
 def initial(mesh: tuple[int, int, int], **model: Any) -> dict[str, np.ndarray]:
     config = tiny(mesh, **model)
     with on_mesh(config):
-        init = jax.jit(lambda key: init_model(config, key), compiler_options=QUICK)
+        init = jax.jit(lambda key: init_model(config, key))
         return leaves(init(jax.random.key(0)))
 
 

@@ -23,9 +23,6 @@ from .reference import feed_forward
 PAPER = {"norm": "layernorm", "positions": "learned", "activation": "gelu", "use_bias": True, "qk_norm": False}
 PRESENT = {"norm": "rmsnorm", "positions": "rope", "activation": "relu2", "use_bias": False, "qk_norm": True}
 
-# The same program, without LLVM's optimisations: these programs take seconds to compile and milliseconds to run.
-QUICK = {"xla_backend_optimization_level": 0}
-
 
 def tiny(mesh: Sequence[int] = (1, 1, 1), batch: int = 8, length: int = 8, **fields: Any) -> Config:
     """Two layers of width 16, eight experts; `mesh` is data, node, expert, tensor, fsdp, split_experts; `fields` are of
@@ -126,7 +123,7 @@ def loss_and_gradients(
 
     with on_mesh(config):
         inputs, targets = split_tokens(tokens[:, :-1]), split_tokens(tokens[:, 1:])
-        step = jax.jit(jax.value_and_grad(loss, has_aux=True), compiler_options=QUICK)
+        step = jax.jit(jax.value_and_grad(loss, has_aux=True))
         (value, aux), gradients = step(random_model(config, given), inputs, targets)
         return np.asarray(value), leaves(gradients), jax.tree.map(np.asarray, aux)
 
@@ -143,7 +140,7 @@ def layer_and_gradients(config: Config, given: dict[str, np.ndarray] | None = No
 
     with on_mesh(config):
         layer = random_like(abstract_layer(config), config, given)
-        step = jax.jit(jax.grad(loss, argnums=(0, 1), has_aux=True), compiler_options=QUICK)
+        step = jax.jit(jax.grad(loss, argnums=(0, 1), has_aux=True))
         (d_layer, dx), (y, load, drops) = step(layer, split_tokens(x_BLD), split_tokens(dy_BLD))
         assert not np.asarray(drops).any()
         return leaves(d_layer) | {"dx": np.asarray(dx), "y": np.asarray(y), "load": np.asarray(load)}

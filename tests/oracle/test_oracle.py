@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 import pytest
-from model.tools import QUICK, leaf_name, leaves
+from model.tools import leaf_name, leaves
 
 from bigmac_jax.data.batch import Batch
 from bigmac_jax.model.mesh import batch_spec, make_mesh, place
@@ -73,7 +73,7 @@ def check(case: Case) -> Checked:
             placed = jax.tree.map(lambda v, of: jax.device_put(v, of.sharding), state, trainer.abstract_state)
             placed_batch = place(batch, batch_spec(2))
             if program is None:
-                program = trainer.step.lower(placed, placed_batch, trainer.rate(0)).compile(compiler_options=QUICK)
+                program = trainer.step.lower(placed, placed_batch, trainer.rate(0)).compile()
             found = _read(program(placed, placed_batch, trainer.rate(int(state.step))))
             given = leaves(state.params), _given(case, state, found), _whole(batch)
             expected = oracle(*given)

@@ -6,7 +6,7 @@ import math
 import jax
 import numpy as np
 import pytest
-from model.tools import QUICK, leaves, on_mesh, tiny
+from model.tools import leaves, on_mesh, tiny
 
 from bigmac_jax.config import Config, ConfigError, DataConfig, ExecutionConfig, MeshConfig, ModelConfig
 from bigmac_jax.inference.decoding import DRAFTED
@@ -82,7 +82,7 @@ def test_every_parameter_declares_itself() -> None:
     config = tiny((2, 1, 2, 2, True, True), use_bias=True, gated=True, norm="layernorm", positions="learned",
                   latent_norm="gate", num_shared_experts=1, tie_embeddings=False, balance="bias")  # fmt: skip
     with on_mesh(config):
-        model = jax.jit(lambda key: init_model(config, key), compiler_options=QUICK)(jax.random.key(0))
+        model = jax.jit(lambda key: init_model(config, key))(jax.random.key(0))
         dims = leaves(map_declared(lambda of, _: np.asarray(of.dims), model))
         small = leaves(map_declared(lambda of, _: np.asarray(of.small), model))
         shards = leaves(jax.tree.map(lambda leaf: np.asarray(leaf.sharding.shard_shape(leaf.shape)), model))

@@ -10,7 +10,7 @@ import re
 import jax
 import numpy as np
 import pytest
-from training.tools import leaves_of, quick, read_records, small
+from training.tools import leaves_of, read_records, small
 
 from bigmac_jax.config import Config, ConfigError, DataConfig, MeshConfig, ModelConfig, TrainConfig, seal, unseal
 from bigmac_jax.data.tokenizer import ByteTokenizer
@@ -63,7 +63,7 @@ def test_a_second_start_on_fewer_replicas_says_nothing(
             tmp_path, "mesh.replica=2", "model.balance_scope=part", "train.eval_every=0", f"train.steps={steps}"
         )
         fitted, _ = fit_replicas(asked, asked, {"replica": 2, "data": 1, "node": 1, "expert": 1, "tensor": 1}, 1)
-        with quick(), jax.set_mesh(make_mesh(fitted)):
+        with jax.set_mesh(make_mesh(fitted)):
             train(fitted, tmp_path / "run", asked=asked)
     assert fitted.train.accumulate_steps == 2 and "accumulate_steps" not in caplog.text
 
@@ -125,7 +125,7 @@ def test_a_run_on_other_numbers_of_replicas(sharded: str, tmp_path: pathlib.Path
 
     def run(name: str, steps: int, workdir: pathlib.Path) -> Config:
         made = small(tmp_path, *base, *meshes[name], f"train.steps={steps}", "optimizer.decay_steps=10")
-        with quick(), jax.set_mesh(make_mesh(made)):
+        with jax.set_mesh(make_mesh(made)):
             train(made, workdir)
         return made
 

@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
-from training.tools import quick, read_records
+from training.tools import read_records
 
 from bigmac_jax.config import Config, load_config
 from bigmac_jax.data.pipeline import TrainIterator, open_stream
@@ -40,7 +40,7 @@ BATCHES = {
 def course(tmp_path_factory: pytest.TempPathFactory) -> tuple[Config, pathlib.Path, Result]:
     folder = tmp_path_factory.mktemp("golden")
     config = load_config("tiny", (*SMALL, f"cache_dir={folder / 'cache'}"))
-    with quick(), jax.set_mesh(make_mesh(config)):
+    with jax.set_mesh(make_mesh(config)):
         return config, folder / "run", train(config, folder / "run")
 
 

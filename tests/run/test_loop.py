@@ -12,7 +12,7 @@ import matplotlib.image
 import numpy as np
 import pytest
 from tensorboardX.proto import event_pb2
-from training.tools import as_saved, quick, read_records, small
+from training.tools import as_saved, read_records, small
 
 from bigmac_jax.config import Config, ConfigError, load_config
 from bigmac_jax.data.tokenizer import load_tokenizer
@@ -33,7 +33,7 @@ EVALUATION = {"step", "eval/loss", "eval/perplexity", "eval/bits_per_byte"}
 
 
 def run(config: Config, workdir: pathlib.Path, profile: tuple[int, int] | None = None) -> Result:
-    with quick(), jax.set_mesh(make_mesh(config)):
+    with jax.set_mesh(make_mesh(config)):
         return train(config, workdir, profile)
 
 

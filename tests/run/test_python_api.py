@@ -6,7 +6,7 @@ import pathlib
 import jax
 import numpy as np
 import pytest
-from training.tools import quick, small
+from training.tools import small
 
 import bigmac_jax
 from bigmac_jax.config import ConfigError
@@ -18,9 +18,8 @@ from bigmac_jax.planning.planner import make_plan
 def test_a_run_and_its_record(tmp_path: pathlib.Path) -> None:
     config = small(tmp_path, "train.steps=4", "train.log_every=2", "train.eval_every=3")
     before = jax.sharding.get_mesh()
-    with quick():
-        first = bigmac_jax.train(config, tmp_path / "run")
-        again = bigmac_jax.train(config, str(tmp_path / "run"))
+    first = bigmac_jax.train(config, tmp_path / "run")
+    again = bigmac_jax.train(config, str(tmp_path / "run"))
     assert (first.step, first.finished, again.first_step) == (4, True, 4)
     assert jax.sharding.get_mesh() == before  # of the run alone
     columns = bigmac_jax.metrics(tmp_path / "run")

@@ -11,7 +11,7 @@ from typing import Any
 
 import jax
 from training.runs import ENVIRONMENT, LIMIT
-from training.tools import ROOT, quick, small
+from training.tools import ROOT, small
 
 from bigmac_jax.model.mesh import make_mesh
 from bigmac_jax.run.loop import train
@@ -22,7 +22,7 @@ KEY = "a-key-for-tests"
 def trained(folder: pathlib.Path, *overrides: str) -> pathlib.Path:
     """The workdir of a run of two steps."""
     config = small(folder, "train.steps=2", "train.eval_every=0", *overrides)
-    with quick(), jax.set_mesh(make_mesh(config)):
+    with jax.set_mesh(make_mesh(config)):
         train(config, folder / "run")
     return folder / "run"
 

@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
-from model.tools import QUICK, assert_close, leaves, on_mesh, pairwise, random_model, split_batch, tiny
+from model.tools import assert_close, leaves, on_mesh, pairwise, random_model, split_batch, tiny
 
 from bigmac_jax.config import Config, TrainConfig, TuningConfig
 from bigmac_jax.data.batch import NO_TARGET, PADDING, Batch, batch_from_windows
@@ -86,7 +86,7 @@ def gradients(config: Config, batch: Batch) -> dict[str, np.ndarray]:
         rest = jax.tree.map(lambda bias: bias + 0.1 * np.arange(bias.shape[-1], dtype=np.float32)[None] % 3, rest)
         of_teacher = random_model(teacher) if teacher is not None else None
         state = TrainState(np.int32(0), params, rest, None, teacher=of_teacher)
-        step = jax.jit(trainer.gradient, compiler_options=QUICK)
+        step = jax.jit(trainer.gradient)
         (loss, parts), found = step(state, jax.tree.map(split_batch, batch))
     named = {"loss": loss, "cross_entropy": parts.cross_entropy}
     if config.model.is_moe:

@@ -27,7 +27,7 @@ from bigmac_jax.training.bad_steps import NonFiniteLossError
 from bigmac_jax.training.checkpoint import Checkpoints
 from bigmac_jax.training.step import make_trainer
 
-from .tools import host, leaves_of, quick, read_records, small
+from .tools import host, leaves_of, read_records, small
 
 NAN, SPIKE = 0, 1  # bytes that no text holds: in a batch, they make its loss NaN, or four times as large
 
@@ -98,7 +98,7 @@ def feed(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
 
 
 def run(config: Config, workdir: pathlib.Path) -> None:
-    with quick(), jax.set_mesh(make_mesh(config)):
+    with jax.set_mesh(make_mesh(config)):
         assert loop.train(config, workdir).finished
 
 
@@ -140,7 +140,7 @@ def by_hand(config: Config, left_out: set[int]) -> dict[str, np.ndarray]:
     def advanced(node: Any) -> Any:
         return node._replace(count=node.count + 1) if is_schedule(node) else node
 
-    with quick(), jax.set_mesh(make_mesh(config)):
+    with jax.set_mesh(make_mesh(config)):
         trainer = start.make_trainer(config, jax.sharding.get_mesh())
         train_step, _ = start._compile(trainer, config).result()
         data = TrainIterator(config, open_stream(config, "train", load_tokenizer(config)))

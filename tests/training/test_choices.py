@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 from jax import Array
 from model.tools import (
-    QUICK,
     abstract_layer,
     assert_close,
     leaves,
@@ -98,10 +97,7 @@ def test_loads_and_drops_by_hand() -> None:
             x_LD[token, expert] = 5 - place
     with on_mesh(config):
         layer = random_like(abstract_layer(config), config, {"router_DE": np.eye(16, 8, dtype=np.float32)})
-        both = jax.jit(
-            lambda layer, x, choices: (layer(x, choices=choices)[1], layer(x, evaluating=True)[1]),
-            compiler_options=QUICK,
-        )
+        both = jax.jit(lambda layer, x, choices: (layer(x, choices=choices)[1], layer(x, evaluating=True)[1]))
         stats, evaluated = both(layer, split_tokens(x_LD[None]), jnp.int32(2))
     np.testing.assert_allclose(stats.load[0], np.array([4, 2, 1, 1, 0, 0, 0, 0]) / 8)
     np.testing.assert_allclose(stats.drop_rate, [2 / 8])
@@ -123,7 +119,7 @@ def layer_values(config: Config, choices: int | None, padded: bool) -> dict[str,
 
     with on_mesh(config):
         layer = random_like(abstract_layer(config), config)
-        step = jax.jit(jax.grad(loss, argnums=(0, 1), has_aux=True), compiler_options=QUICK)
+        step = jax.jit(jax.grad(loss, argnums=(0, 1), has_aux=True))
         given = split_tokens(x_BLD), split_tokens(dy_BLD), split_batch(mask_BL)
         (d_layer, dx), found = step(layer, *given, None if choices is None else jnp.int32(choices))
         assert not np.asarray(found.pop("drop_rate")).any()

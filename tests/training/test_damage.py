@@ -40,7 +40,7 @@ from bigmac_jax.training.workdir import read_config, write_config
 from bigmac_jax.tuning import restore
 
 from .test_checkpoint import trivial
-from .tools import as_saved, leaves_of, quick, read_records, small
+from .tools import as_saved, leaves_of, read_records, small
 
 INSTANCES = [0, 1, *(pytest.param(seed, marks=pytest.mark.full) for seed in range(2, 20))]
 
@@ -593,7 +593,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Config, pathl
 
 
 def run(config: Config, workdir: pathlib.Path) -> None:
-    with quick(), jax.set_mesh(make_mesh(config)):
+    with jax.set_mesh(make_mesh(config)):
         assert train(config, workdir).finished
 
 

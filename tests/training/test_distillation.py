@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from model.tools import QUICK, abstract_model, leaves, on_mesh, random_like, random_tokens, some, tiny
+from model.tools import abstract_model, leaves, on_mesh, random_like, random_tokens, some, tiny
 
 from bigmac_jax.config import Config
 from bigmac_jax.data.batch import NO_TARGET, Batch, batch_from_windows
@@ -49,7 +49,7 @@ def value_and_gradient(config: Config, same: bool = False) -> tuple[float, Any, 
     def loss(params: Any, teacher: Any, batch: Batch) -> Any:
         return distilled_loss(nnx.merge(graphdef, params, rest), teacher, batch)
 
-    call = jax.jit(jax.value_and_grad(loss, has_aux=True), compiler_options=QUICK)
+    call = jax.jit(jax.value_and_grad(loss, has_aux=True))
     (value, parts), gradient = call(params, teacher, batch_of(config))
     return float(value), parts, leaves(gradient)
 
@@ -86,7 +86,7 @@ def reference(config: Config) -> tuple[float, dict[str, np.ndarray]]:
         plain, parts = loss_fn(model, batch)
         return plain - weight * parts.cross_entropy_U.mean() + weight * kl + mu * sum(gaps) / len(gaps)
 
-    value, gradient = jax.jit(jax.value_and_grad(loss), compiler_options=QUICK)(params)
+    value, gradient = jax.jit(jax.value_and_grad(loss))(params)
     return float(value), leaves(gradient)
 
 

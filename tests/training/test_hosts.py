@@ -30,7 +30,7 @@ from bigmac_jax.training.step import make_trainer
 
 from .runs import Job, checkpoint_steps
 from .then_generate import complete
-from .tools import of_training, quick, read_records, write_config
+from .tools import of_training, read_records, write_config
 
 STEPS, TIMEOUT = 20, 6
 HANGING, STOPPED = 3, 4
@@ -64,7 +64,7 @@ def story(tmp_path_factory: pytest.TempPathFactory) -> Story:
     file = write_config(folder)
     config, every_step = load_config(file, OVERRIDES), "train.checkpoint_every=1"
     alone, calm, disturbed = folder / "alone", folder / "calm", folder / "disturbed"
-    with quick(), jax.set_mesh(make_mesh(config)):
+    with jax.set_mesh(make_mesh(config)):
         train(load_config(file, (*OVERRIDES, every_step)), alone)
     with two(folder, calm, every_step, script=("tests/training/then_generate.py",)) as run:
         assert run.wait() == [0, 0], run.outputs
@@ -137,7 +137,7 @@ def test_the_same_layout_is_bit_equal_whatever_happened(story: Story) -> None:
 
 
 def test_two_processes_complete_what_one_does(story: Story) -> None:
-    with quick(), jax.set_mesh(make_mesh(story.config)):
+    with jax.set_mesh(make_mesh(story.config)):
         alone = complete(story.config, story.calm)
     together = [json.loads(line) for line in story.calm.with_suffix(".jsonl").read_text().splitlines()]
     assert [len(row["tokens"]) for row in alone] == [6, 3, 5]

@@ -18,7 +18,7 @@ from bigmac_jax.run.loop import train
 from bigmac_jax.training.workdir import read_config
 
 from .runs import ENVIRONMENT, LIMIT, Job, last_step
-from .tools import ROOT, quick, read_records, write_config
+from .tools import ROOT, read_records, write_config
 
 
 @pytest.mark.full
@@ -28,7 +28,7 @@ def test_two_processes_go_on_from_one_that_was_fully_sharded(tmp_path: pathlib.P
     steps = ("train.eval_every=0", "train.checkpoint_every=3")
     alone, resumed = tmp_path / "alone", tmp_path / "resumed"
     config = load_config(file, ("mesh.data=1", "mesh.expert=8", "mesh.fsdp=True", *steps))
-    with quick(), jax.set_mesh(make_mesh(config)):
+    with jax.set_mesh(make_mesh(config)):
         train(config, alone)
     shutil.copytree(alone, resumed, ignore=shutil.ignore_patterns("6", "metrics.jsonl", "tb"))
     flags = [f"--config.{field}" for field in ("mesh.data=1", "mesh.node=2", "mesh.expert=2", *steps)]

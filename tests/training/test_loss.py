@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 from model.tools import (
-    QUICK,
     assert_close,
     leaves,
     on_mesh,
@@ -67,7 +66,7 @@ def fused(
             jax.device_put(targets_BL, token_spec(2)),
         ]
         loss_and_gradients = jax.value_and_grad(lambda *a: factor * _loss(*a), (0, 1))
-        value, (dx, dw) = jax.jit(loss_and_gradients, compiler_options=QUICK)(*arguments)
+        value, (dx, dw) = jax.jit(loss_and_gradients)(*arguments)
         return {"loss": value, "dx": dx, "dw": dw}
 
 
@@ -148,12 +147,10 @@ def test_token_scores(monkeypatch: pytest.MonkeyPatch, mesh: tuple[int, ...]) ->
     windows = random_tokens(config)
     with on_mesh(config):
         model = random_model(config)
-        whole = jax.jit(lambda model, tokens: model(tokens, evaluating=True)[0], compiler_options=QUICK)
+        whole = jax.jit(lambda model, tokens: model(tokens, evaluating=True)[0])
         logits_BLV = np.asarray(whole(model, split_tokens(windows[:, :-1])), np.float64)
         windows[::2, -1] = logits_BLV[::2, -1].argmax(-1)  # a target that changes no input
-        scores = jax.jit(loss.token_scores, compiler_options=QUICK)(
-            model, jax.tree.map(split_batch, batch_from_windows(windows))
-        )
+        scores = jax.jit(loss.token_scores)(model, jax.tree.map(split_batch, batch_from_windows(windows)))
     targets_BL = windows[:, 1:]
     largest_BL = logits_BLV.max(-1)
     log_z_BL = np.log(np.exp(logits_BLV - largest_BL[..., None]).sum(-1)) + largest_BL
@@ -185,7 +182,7 @@ def test_nll_of_tokens_over_tensor(monkeypatch: pytest.MonkeyPatch) -> None:
 
         config = tiny((1, 1, 1, tensor), **fields)
         with on_mesh(config):
-            step = jax.jit(jax.grad(total, has_aux=True), compiler_options=QUICK)
+            step = jax.jit(jax.grad(total, has_aux=True))
             batch = jax.tree.map(split_batch, batch_from_windows(windows))
             gradients, nll_BL = step(random_model(config), split_tokens(weights_BL), batch)
             return leaves(gradients) | {"nll_BL": np.asarray(nll_BL)}

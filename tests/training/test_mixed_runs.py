@@ -10,7 +10,7 @@ from bigmac_jax.config import Config, ConfigError
 from bigmac_jax.model.mesh import make_mesh
 from bigmac_jax.run.loop import train
 
-from .tools import leaves_of, of_training, quick, read_records, small, text
+from .tools import leaves_of, of_training, read_records, small, text
 
 pytestmark = pytest.mark.full
 
@@ -26,7 +26,7 @@ def mixed(folder: pathlib.Path, mixture: str, *overrides: str) -> Config:
 def run(config: Config, workdir: pathlib.Path) -> list[dict]:
     import jax
 
-    with quick(), jax.set_mesh(make_mesh(config)):
+    with jax.set_mesh(make_mesh(config)):
         train(config, workdir)
     return read_records(workdir)
 

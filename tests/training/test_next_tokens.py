@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
-from model.tools import QUICK, assert_close, leaves, on_mesh, random_model, random_tokens, split_batch, tiny
+from model.tools import assert_close, leaves, on_mesh, random_model, random_tokens, split_batch, tiny
 from safetensors.numpy import load_file
 
 from bigmac_jax.config import Config, ConfigError, MeshConfig, TrainConfig, TuningConfig, load_config
@@ -30,7 +30,7 @@ from bigmac_jax.training.step import TrainState, make_trainer, split_model
 from bigmac_jax.tuning import restore
 from bigmac_jax.tuning.pretrained import compare_models, load_parameters, open_pretrained
 
-from .tools import leaves_of, quick, read_records, session, small
+from .tools import leaves_of, read_records, session, small
 
 B, L = 8, 8
 
@@ -85,7 +85,7 @@ def gradients(config: Config) -> tuple[dict[str, np.ndarray], dict[str, np.ndarr
     with on_mesh(config):
         trainer, model = make_trainer(config, make_mesh(config)), random_model(config)
         _, params, rest = split_model(model)
-        step = jax.jit(trainer.gradient, compiler_options=QUICK)
+        step = jax.jit(trainer.gradient)
         batch = jax.tree.map(split_batch, batch_of(config))
         (loss, parts), found = step(TrainState(np.int32(0), params, rest, None), batch)
         values = leaves(model)
@@ -195,9 +195,9 @@ def test_dropout_is_drawn_for_them() -> None:
     config = config_of("experts", dropout=0.5)
     with on_mesh(config):
         model, batch = random_model(config), jax.tree.map(split_batch, batch_of(config))
-        step = jax.jit(lambda key: loss_fn(model, batch, key)[1].next_KU, compiler_options=QUICK)
+        step = jax.jit(lambda key: loss_fn(model, batch, key)[1].next_KU)
         one, again, other = (np.asarray(step(jax.random.key(seed))) for seed in (0, 0, 1))
-        still = np.asarray(jax.jit(lambda: loss_fn(model, batch)[1].next_KU, compiler_options=QUICK)())
+        still = np.asarray(jax.jit(lambda: loss_fn(model, batch)[1].next_KU)())
     np.testing.assert_array_equal(one, again)
     assert (one != other).all() and (one != still).all()
 
@@ -225,7 +225,7 @@ def test_a_run_says_their_loss_and_resumes_bit_equal(tmp_path: pathlib.Path) -> 
     config = small(tmp_path, *fields)
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     for workdir, steps in ((whole, 6), (parts, 4), (parts, 6)):
-        with quick(), jax.set_mesh(make_mesh(config)):
+        with jax.set_mesh(make_mesh(config)):
             train = dataclasses.replace(config.train, steps=steps)
             result = loop.train(dataclasses.replace(config, train=train), workdir)
     assert result.step == 6

@@ -12,7 +12,7 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
-from model.tools import PAPER, QUICK, abstract_model, leaves, on_mesh, random_like, random_tokens, tiny
+from model.tools import PAPER, abstract_model, leaves, on_mesh, random_like, random_tokens, tiny
 
 from bigmac_jax.config import Config, OptimizerConfig, TrainConfig
 from bigmac_jax.model.parameters import Declaration
@@ -53,7 +53,7 @@ def test_weight_decay_reaches_the_matrices_alone() -> None:
         _, abstract, _ = split_model(abstract_model(config))
     params = jax.tree.map(lambda leaf: np.ones(leaf.shape, leaf.dtype), abstract)
     optimizer = make_optimizer(config)
-    update = jax.jit(optimizer.update, compiler_options=QUICK)
+    update = jax.jit(optimizer.update)
     updates, _ = update(jax.tree.map(np.zeros_like, params), optimizer.init(params), params, rate=1.0)
     for name, update in leaves(updates).items():
         last = name.split(".")[-1]
@@ -73,7 +73,7 @@ def test_the_rate_of_the_projections(name: str) -> None:
         params, grads = (jax.tree.map(lambda v: draw.normal(size=v.shape).astype(v.dtype), abstract) for _ in range(2))
         for rate in (1.0, 0.125, 0.0):
             optimizer = make_optimizer(with_optimizer(config, name=name, warmup_steps=0, projection_rate=rate))
-            update = jax.jit(optimizer.update, compiler_options=QUICK)
+            update = jax.jit(optimizer.update)
             updates[rate] = leaves(update(grads, optimizer.init(params), params, rate=3e-4)[0])
     slow = {"layers.mlp.down.w_DF", "layers.mlp.up.w_DF"}
     assert slow < updates[1.0].keys()

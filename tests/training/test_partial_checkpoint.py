@@ -39,7 +39,7 @@ from bigmac_jax.training.partial_checkpoint import (
 )
 from bigmac_jax.training.step import TrainState, make_trainer
 
-from .tools import leaves_of, quick, read_records, session, small
+from .tools import leaves_of, read_records, session, small
 
 
 def turns(config: Config, shape: tuple[int, int], counts: list[int]) -> dict[int, Turn]:
@@ -235,7 +235,7 @@ def run(config: Config, workdir: pathlib.Path, fault: int = 0) -> None:
         return given(self)
 
     given = TrainIterator.__next__
-    with pytest.MonkeyPatch.context() as patch, quick(), jax.set_mesh(make_mesh(config)):
+    with pytest.MonkeyPatch.context() as patch, jax.set_mesh(make_mesh(config)):
         patch.setattr(TrainIterator, "__next__", next_batch)
         if fault:
             with pytest.raises(FaultError):

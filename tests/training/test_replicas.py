@@ -12,7 +12,6 @@ import jax
 import numpy as np
 import pytest
 from model.tools import (
-    QUICK,
     assert_close,
     leaves,
     on_mesh,
@@ -143,7 +142,7 @@ def one_step(case: Case) -> tuple[Any, dict[str, np.ndarray]]:
         if case.lora:
             state = dataclasses.replace(state, params=random_like(trainer.abstract_state.params, config))
         arguments = state, jax.tree.map(split_batch, make_batch(config)), trainer.rate(np.int32(0))
-        step = trainer.step.lower(*arguments).compile(compiler_options=QUICK)
+        step = trainer.step.lower(*arguments).compile()
         state, metrics = step(*arguments)
         return jax.tree.map(np.asarray, metrics), leaves(state)
 

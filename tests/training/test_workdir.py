@@ -29,11 +29,11 @@ from bigmac_jax.training.run_data import check_data, open_run_stream
 from bigmac_jax.training.workdir import load_run_tokenizer, read_run_json, write_config, write_run
 from bigmac_jax.tuning import restore
 
-from .tools import quick, small
+from .tools import small
 
 
 def run(config: Config, workdir: pathlib.Path) -> None:
-    with quick(), jax.set_mesh(make_mesh(config)):
+    with jax.set_mesh(make_mesh(config)):
         train(config, workdir)
 
 
@@ -51,7 +51,7 @@ def copied(finished: Any, tmp_path: pathlib.Path) -> Iterator[tuple[Config, path
     shutil.copytree(workdir.parent, tmp_path / "all")
     moved = Config.from_json(config.to_json().replace(str(workdir.parent), str(tmp_path / "all")))
     write_config(moved, tmp_path / "all" / "run")
-    with quick(), jax.set_mesh(make_mesh(moved)):
+    with jax.set_mesh(make_mesh(moved)):
         yield moved, tmp_path / "all" / "run"
 
 
@@ -173,7 +173,7 @@ def test_a_run_begun_by_an_earlier_rule_of_what_is_held_out_goes_on(
 
 def answers(config: Config, workdir: pathlib.Path, text: pathlib.Path, output: pathlib.Path) -> list[Any]:
     """Of evaluation, generation and export."""
-    with quick(), jax.set_mesh(make_mesh(config)):
+    with jax.set_mesh(make_mesh(config)):
         own, model = restore(workdir)
         tokenizer = load_run_tokenizer(workdir, config)
         score = evaluate(model, text_stream(text, tokenizer), 16, 4).score

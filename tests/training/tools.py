@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from model.tools import QUICK, leaves, random_model, split_batch
+from model.tools import leaves, random_model, split_batch
 
 from bigmac_jax.config import Config, DataConfig, ModelConfig, OptimizerConfig, TrainConfig, load_config
 from bigmac_jax.data.batch import batch_from_windows
@@ -102,7 +102,7 @@ class Session:
         batch = jax.tree.map(split_batch, batch_from_windows(tokens))
         arguments = self.state, batch, self.trainer.rate(np.int32(self.state.step))
         if self._compiled is None:
-            self._compiled = self.trainer.step.lower(*arguments).compile(compiler_options=QUICK)
+            self._compiled = self.trainer.step.lower(*arguments).compile()
         self.state, metrics = self._compiled(*arguments)
         return jax.tree.map(np.asarray, metrics)
 
@@ -111,16 +111,6 @@ class Session:
 def session(config: Config) -> Iterator[Session]:
     with jax.set_mesh(make_mesh(config)):
         yield Session(config)
-
-
-@contextlib.contextmanager
-def quick() -> Iterator[None]:
-    """Compiles without LLVM's optimisations, which take longer than small runs do."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    try:
-        yield
-    finally:
-        jax.config.update("jax_disable_most_optimizations", False)
 
 
 def host(tree: Any) -> Any:

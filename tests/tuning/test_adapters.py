@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 from flax import nnx
 from model.tools import (
-    QUICK,
     assert_close,
     leaf_name,
     leaves,
@@ -22,7 +21,7 @@ from model.tools import (
     tiny,
 )
 from safetensors.numpy import load_file
-from training.tools import quick, session
+from training.tools import session
 
 from bigmac_jax.config import Config, ConfigError, TuningConfig
 from bigmac_jax.data.batch import batch_from_windows
@@ -72,7 +71,7 @@ def test_gradients_are_those_of_the_whole_matrices(name: str) -> None:
     with on_mesh(config):
         graphdef, params, rest = split_model(random_model(config))
         adapters = random_adapters(config, params)
-        step = jax.jit(jax.value_and_grad(loss_of(config, graphdef, rest, tokens)), compiler_options=QUICK)
+        step = jax.jit(jax.value_and_grad(loss_of(config, graphdef, rest, tokens)))
         loss, gradients = step(adapters, params)
         ours, pairs = leaves(gradients), leaves(adapters)
         matrices = {leaf_name(path): leaf for path, leaf in jax.tree_util.tree_flatten_with_path(params)[0]}
@@ -104,7 +103,7 @@ def test_gpus_compute_no_gradient_of_what_is_frozen(monkeypatch: pytest.MonkeyPa
         adapters = random_adapters(config, params)
         for platform in ("tpu", "gpu"):
             monkeypatch.setattr(transformer, "platform", lambda platform=platform: platform)
-            gradient = jax.jit(jax.grad(loss_of(config, graphdef, rest, tokens)), compiler_options=QUICK)
+            gradient = jax.jit(jax.grad(loss_of(config, graphdef, rest, tokens)))
             programs.append(gradient.lower(adapters, params).compile().as_text().count(" dot("))
     assert programs[0] == programs[1] > 0
 
@@ -149,7 +148,7 @@ def test_merged_is_adapted(name: str) -> None:
     config = with_adapters(MESHES[name])
     biased = dataclasses.replace(config.model, balance="bias", balance_bias_rate=0.0)  # a bias is no parameter
     config = dataclasses.replace(config, model=biased)
-    with quick(), on_mesh(config):
+    with on_mesh(config):
         graphdef, params, rest = split_model(random_model(config))
         beside = nnx.merge(graphdef, attached(config, params, random_adapters(config, params)), rest)
         tokens, both = split_batch(random_tokens(config)[:, :-1]), (beside, merge_adapters(beside))
@@ -163,7 +162,7 @@ def test_the_model_that_is_evaluated() -> None:
     """Of the average of the parameters where there is one, with adapters merged where there are some: W + s A B."""
     config, scale = with_adapters(targets="attention", lora_dropout=0.5), 3.0 / 2
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, balance="bias", balance_bias_rate=0.0))
-    with quick(), on_mesh(config):
+    with on_mesh(config):
         graphdef, params, rest = split_model(random_model(config))
         adapters = random_adapters(config, params)
         average = jax.tree.map(lambda v: 2 * v, adapters)
@@ -248,7 +247,7 @@ def test_a_frozen_router_stays_and_does_not_decay() -> None:
 def test_a_gradient_goes_to_the_router_where_it_is_trained(trained: bool) -> None:
     """Of the sum of all parameters of the model that a step builds: one, or none."""
     config = dataclasses.replace(tiny(num_layers=1), tuning=TuningConfig(train_router=trained))
-    with quick(), on_mesh(config):
+    with on_mesh(config):
         graphdef, params, rest = split_model(random_model(config))
         state = TrainState(np.int32(0), params, rest, None)  # type: ignore[arg-type]
 

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
-from model.tools import QUICK, leaves, on_mesh, random_model, split_batch, tiny
+from model.tools import leaves, on_mesh, random_model, split_batch, tiny
 
 from bigmac_jax.config import Config, TuningConfig
 from bigmac_jax.data.batch import NO_TARGET, PADDING, Batch
@@ -59,7 +59,7 @@ def apart(batch: Batch) -> Batch:
 
 def loss_and_gradients(config: Config, batch: Batch) -> tuple[float, dict[str, np.ndarray]]:
     with on_mesh(config):
-        step = jax.jit(jax.value_and_grad(lambda m, b: loss_fn(m, b)[0]), compiler_options=QUICK)
+        step = jax.jit(jax.value_and_grad(lambda m, b: loss_fn(m, b)[0]))
         loss, gradients = step(random_model(config), jax.tree.map(split_batch, batch))
         return float(loss), leaves(gradients)
 

@@ -10,8 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from model.tools import QUICK, assert_close, leaves, on_mesh, random_model, some, split_batch, tiny
-from training.tools import quick
+from model.tools import assert_close, leaves, on_mesh, random_model, some, split_batch, tiny
 
 from bigmac_jax.config import Config, TuningConfig
 from bigmac_jax.data.batch import NO_TARGET, PADDING, Batch
@@ -81,7 +80,7 @@ def test_loss_and_gradient_of_50_random_batches() -> None:
             of_loss, right, margin = (v.sum() / count for v in rows)
             return of_loss, (right, margin)
 
-        step = jax.jit(jax.value_and_grad(loss, has_aux=True), compiler_options=QUICK)
+        step = jax.jit(jax.value_and_grad(loss, has_aux=True))
         for seed in range(50):
             batch = random_batch(config, seed)
             nll = np.random.default_rng(seed + 100).uniform(3, 8, batch.inputs_BL.shape).astype(np.float32)
@@ -100,7 +99,7 @@ def test_gradients_of_the_model_on_every_mesh(name: str) -> None:
     def gradients(config: Config, loss: Any) -> Any:
         with on_mesh(config):
             placed = jax.tree.map(split_batch, batch)
-            return leaves(jax.jit(jax.grad(loss), compiler_options=QUICK)(random_model(config), placed))
+            return leaves(jax.jit(jax.grad(loss))(random_model(config), placed))
 
     ours = gradients(config, lambda model, batch: dpo_loss(model, batch)[0])
     with on_mesh(one):
@@ -131,7 +130,7 @@ def test_the_reference_scores_every_window_once(monkeypatch: pytest.MonkeyPatch)
         yield SimpleNamespace(update=told.append)
 
     monkeypatch.setattr(reference_scores, "Progress", progress)
-    with quick(), on_mesh(config):
+    with on_mesh(config):
         model = random_model(config)
         found = reference_nll(model, rows[:7], batch_size=3)  # type: ignore[arg-type]
         nll_BL = jax.jit(lambda m, b: token_nll(m, b)[0])(model, jax.tree.map(split_batch, batch))
@@ -147,8 +146,8 @@ def test_tokens_are_as_likely_as_the_loss_of_pretraining_has_them() -> None:
     batch = random_batch(config, 2)
     with on_mesh(config):
         placed, model = jax.tree.map(split_batch, batch), random_model(config)
-        nll_BL = np.asarray(jax.jit(lambda m, b: token_nll(m, b)[0], compiler_options=QUICK)(model, placed))
-        mean = np.asarray(jax.jit(lambda m, b: loss_fn(m, b)[0], compiler_options=QUICK)(model, placed))
+        nll_BL = np.asarray(jax.jit(lambda m, b: token_nll(m, b)[0])(model, placed))
+        mean = np.asarray(jax.jit(lambda m, b: loss_fn(m, b)[0])(model, placed))
     np.testing.assert_allclose(nll_BL[batch.targets_BL != NO_TARGET].mean(), mean, rtol=1e-5)
 
 

@@ -16,7 +16,7 @@ from flax import nnx
 from interchange.nemotron import their_model
 from interchange.tools import our_logits
 from safetensors.numpy import load_file
-from training.tools import quick, small
+from training.tools import small
 
 from bigmac_jax.config import Config, TuningConfig
 from bigmac_jax.interchange import export_model, import_model
@@ -77,7 +77,7 @@ def test_adapters_of_an_imported_hybrid(tmp_path: pathlib.Path) -> None:
     their_model("ME*-", **LATENT).save_pretrained(base)
     config = tuning_of(tmp_path, base, ALL, {})
     tokens = np.random.default_rng(0).integers(3, 257, (8, 16)).astype(np.int32)
-    with quick(), jax.set_mesh(make_mesh(config)):
+    with jax.set_mesh(make_mesh(config)):
         graphdef, params, rest = split_model(import_model(base, ["execution.mamba_chunk=8", "mesh.data=1"])[1])
         adapters = random_adapters(config, params)
         run = Restored(config, graphdef, adapters, rest, params, 1, None)
@@ -99,7 +99,7 @@ def test_tuned_and_exported(name: str, tmp_path: pathlib.Path) -> None:
     theirs.save_pretrained(base)
     config = tuning_of(tmp_path, base, targets, mesh)
     tokens = np.random.default_rng(0).integers(3, 257, (8, 16)).astype(np.int32)
-    with quick(), jax.set_mesh(make_mesh(config)):
+    with jax.set_mesh(make_mesh(config)):
         loop.train(config, tmp_path / "run")
         saved, model = restore(tmp_path / "run", config=config)
         ours = our_logits(model, tokens)

@@ -15,7 +15,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from model.tools import leaves, on_mesh, random_model, tiny
 from safetensors.numpy import save_file
-from training.tools import quick, read_records, small
+from training.tools import read_records, small
 
 from bigmac_jax.config import Config, ConfigError, TrainConfig, TuningConfig, check_resume, load_config, with_overrides
 from bigmac_jax.config.reading import retrained
@@ -51,7 +51,7 @@ def with_fields(config: Config, **sections: dict[str, Any]) -> Config:
 
 
 def run(config: Config, workdir: pathlib.Path) -> list[dict[str, Any]]:
-    with quick(), jax.set_mesh(make_mesh(config)):
+    with jax.set_mesh(make_mesh(config)):
         loop.train(config, workdir)
     return read_records(workdir)
 
@@ -62,7 +62,7 @@ def base(tmp_path_factory: Any) -> tuple[Config, pathlib.Path]:
     folder = tmp_path_factory.mktemp("base")
     config = small(folder, "train.steps=4", "train.eval_every=4", "model.num_shared_experts=1")
     run(config, folder / "run")
-    with quick(), jax.set_mesh(make_mesh(config)):
+    with jax.set_mesh(make_mesh(config)):
         saved, model = restore(folder / "run")
         export_model(saved, model, folder / "export", tokenizer=load_run_tokenizer(folder / "run", config))
     return config, folder
@@ -136,10 +136,10 @@ def test_a_larger_vocabulary(base: tuple[Config, pathlib.Path]) -> None:
     tokens = np.arange(32, dtype=np.int32).reshape(2, 16)
     origin = open_pretrained(config.train.init_from)
     assert compare_models(origin, config) == ["model.vocab_size 264 → 272"]
-    with quick(), jax.set_mesh(make_mesh(config)):
+    with jax.set_mesh(make_mesh(config)):
         params, _ = load_parameters(origin, config)
         table = leaves(params)["embedding_VD"]
-    with quick(), jax.set_mesh(make_mesh(base[0])):
+    with jax.set_mesh(make_mesh(base[0])):
         old = leaves(restore(base[1] / "run")[1])["embedding_VD"]
     assert (table[:264] == old).all() and tokens.any()
     np.testing.assert_allclose(table[264:], np.broadcast_to(old.mean(0), (8, 16)), rtol=1e-5, atol=1e-7)
@@ -307,9 +307,9 @@ def test_adapters_are_kept_alone_and_found_again(base: tuple[Config, pathlib.Pat
     for item in ("model", "optimizer"):
         kept, full = (size(path / "checkpoints" / "4" / item) for path in (tmp_path / "whole", base[1] / "run"))
         assert kept < 0.8 * full, (item, kept, full)
-    with quick(), jax.set_mesh(make_mesh(with_fields(config, mesh={"expert": 8}))):
+    with jax.set_mesh(make_mesh(with_fields(config, mesh={"expert": 8}))):
         _, model = restore(tmp_path / "whole")
-    with quick(), jax.set_mesh(make_mesh(base[0])):
+    with jax.set_mesh(make_mesh(base[0])):
         before = leaves(restore(base[1] / "run")[1])
     after = leaves(model)
     moved = {name for name in before if (after[name] != before[name]).any()}
@@ -332,13 +332,13 @@ def test_adapters_live_on_when_their_model_moves(
     config = with_fields(tuned(base, tuning={"lora_rank": 2}), train={"init_from": "old"})
     run(config, tmp_path / "run")
     monkeypatch.chdir(tmp_path / "elsewhere")
-    with quick(), jax.set_mesh(make_mesh(config)):
+    with jax.set_mesh(make_mesh(config)):
         before = leaves(restore(tmp_path / "run")[1])
         (tmp_path / "old").rename(tmp_path / "new")
         with pytest.raises(ConfigError, match=r"resume once with --config\.train\.init_from=PLACE"):
             restore(tmp_path / "run")
     run(with_fields(config, train={"init_from": "../new"}), tmp_path / "run")  # of its steps none is left
-    with quick(), jax.set_mesh(make_mesh(config)):
+    with jax.set_mesh(make_mesh(config)):
         after = leaves(restore(tmp_path / "run")[1])
     assert all((after[name] == before[name]).all() for name in before)
 

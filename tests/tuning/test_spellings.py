@@ -10,7 +10,6 @@ import pytest
 from flax import nnx
 from interchange.tools import our_logits
 from model.tools import abstract_model, on_mesh, random_model, random_tokens, some, tiny
-from training.tools import quick
 
 from bigmac_jax.config import Config, ConfigError
 from bigmac_jax.interchange import export_model
@@ -102,7 +101,7 @@ def test_it_computes_the_same(name: str, tmp_path: pathlib.Path) -> None:
     """A run in each spelling begins with the model of the first."""
     common, spellings = SAME[name]
     first = tiny(**common | spellings[0])
-    with quick(), on_mesh(first):
+    with on_mesh(first):
         model = random_model(first)
         tokens = random_tokens(first)[:, :-1]
         expected = our_logits(model, tokens)

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from model.tools import on_mesh, random_model
 from training.runs import ENVIRONMENT, LIMIT
-from training.tools import ROOT, leaves_of, of_training, quick, read_records, small, write_config
+from training.tools import ROOT, leaves_of, of_training, read_records, small, write_config
 
 from benchmarks.stores import BUCKET, Proxy, Server, gcs
 from bigmac_jax.config import Config, ConfigError, load_config
@@ -63,7 +63,7 @@ def test_a_run_on_gs(gs_server: Server, tmp_path: pathlib.Path, monkeypatch: pyt
     fields = (f"data.source={text}", f"cache_dir=gs://{BUCKET}/smoke/cache", "train.eval_every=0", "train.steps=4")
     config = small(tmp_path, *fields)
     workdir = storage.locate(f"gs://{BUCKET}/smoke/run", "workdir")
-    with quick(), jax.set_mesh(make_mesh(config)):
+    with jax.set_mesh(make_mesh(config)):
         train(config, workdir)
         _, model = restore(str(workdir))
     assert jax.tree.leaves(model)

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 from model.tools import abstract_model, on_mesh, random_model, tiny
-from training.tools import ROOT, quick, small, write_config
+from training.tools import ROOT, small, write_config
 
 from bigmac_jax.config import Config, ConfigError, TrainConfig, TuningConfig
 from bigmac_jax.data.batch import NO_TARGET, PADDING, Batch, batch_from_windows
@@ -224,7 +224,7 @@ def convert(command: Any, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatc
         report = json.loads((new / "conversion.json").read_text())
         return config, random_model(config), restore_step(new, "latest", None), report, new
 
-    with quick(), on_mesh(small(tmp_path)):
+    with on_mesh(small(tmp_path)):
         yield converted
 
 

@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 from interchange.tools import our_logits, tokens_of
 from model.tools import on_mesh, random_model, some, tiny
-from training.tools import quick
 
 from bigmac_jax.config import Config, ConfigError
 from bigmac_jax.model.parameters import named_leaves
@@ -33,7 +32,7 @@ CHEAP = ("softmax, renormalised, bias", "softmax, as it is, quantile", "sigmoid,
 
 
 def _same(config: Config, change: Any) -> Any:
-    with quick(), on_mesh(config):
+    with on_mesh(config):
         model, tokens_BL = random_model(config), tokens_of(config)
         before = our_logits(model, tokens_BL)
         target, result = change(config, model)

@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 from interchange.tools import our_logits
 from model.tools import on_mesh, random_model, some, tiny
-from training.tools import quick
 
 from bigmac_jax.config import Config, ConfigError, ModelConfig
 from bigmac_jax.data.batch import Batch, batch_from_windows
@@ -35,7 +34,7 @@ def text(config: Config, batches: int = 4) -> list[Batch]:
 )
 def test_of_full_width_it_is_exact(name: str, mesh: tuple[int, ...]) -> None:
     config = tiny(mesh, length=16, **MODELS[name])
-    with quick(), on_mesh(config):
+    with on_mesh(config):
         model, batches = random_model(config), text(config)
         target, result, errors = narrow(config, model, batches, 1.0)
         assert target.model.structure == "bigmac" and target.model.wire_size == config.model.hidden_size
