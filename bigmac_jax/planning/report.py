@@ -95,6 +95,11 @@ def _best(console: Console, plan: Mapping[str, Any]) -> None:
     console.print(" ".join(best["flags"]) or "the config as it is", soft_wrap=True)
     for note in best["notes"]:
         console.print(f"this changes what is computed: {note}", soft_wrap=True)
+    if other := best["without_first_pass"]:
+        console.print(
+            "a pass that counts all parts' loads first is in it; balanced part by part (docs/model.md) "
+            f"{other['tokens_per_s']:,.0f} tokens/s, with {' '.join(other['flags'])}", soft_wrap=True,
+        )  # fmt: skip
     console.print()
 
 

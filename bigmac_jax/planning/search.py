@@ -4,13 +4,14 @@ import contextlib
 import heapq
 import itertools
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from bigmac_jax.config import Config, ConfigError, MeshConfig, check_batch, with_overrides
 from bigmac_jax.config.resuming import part_notes
 from bigmac_jax.config.section import flat_values
+from bigmac_jax.model import counts
 from bigmac_jax.planning.candidates import Axes, Machine, Variant, variants
 from bigmac_jax.planning.cost import Times, step_time
 
@@ -140,10 +141,29 @@ def describe(config: Config, machine: Machine) -> tuple[Config, dict[str, Any]]:
             "memory": sum(best.memory.values()),
             "headroom": best.headroom,
             "would_fit": would_fit,
+            "without_first_pass": _spare_first_pass(config, found[:ROWS], machine) if best.fits else None,
         },
         "searched": {"fit": sum(candidate.fits for candidate in found), "headroom": machine.headroom},
         "search": [_row(candidate) for candidate in found[:ROWS]],
     }
+
+
+def _spare_first_pass(config: Config, found: Sequence[Candidate], machine: Machine) -> dict[str, Any] | None:
+    """What a search would find if every part of the batch were balanced on its own, so that no pass counted the loads
+    of all parts first; None where it is no faster. It changes the balance loss, so a search does not choose it."""
+    spared = [
+        Candidate(
+            **vars(c)
+            | {"config": other, "times": step_time(other, c.sizes, machine.hardware, machine.topology, machine.load)}
+        )
+        for c in found
+        if c.fits and counts.forward_passes(c.config) > 1
+        for other in (with_overrides(c.config, ["model.balance_scope=part"]),)
+    ]
+    best = min(spared, key=_rank, default=found[0])
+    if _rank(best) >= _rank(found[0]):
+        return None
+    return {"flags": flags(config, best.config), "tokens_per_s": best.times.tokens_per_s}
 
 
 def _row(candidate: Candidate) -> dict[str, Any]:
