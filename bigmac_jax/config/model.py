@@ -78,7 +78,7 @@ class ModelConfig(Section):
     balance: Literal["aux_loss", "bias", "quantile", "none"] = "aux_loss"
     balance_coefficient: Amount = 0.001  # weight of the auxiliary loss
     balance_step: Literal["next", "same"] = "next"  # quantiles of this step's scores serve the next step, or this one
-    balance_scope: Literal["step", "part"] = "step"  # the loss sees the whole step's load, or a part's (Megatron's)
+    balance_scope: Literal["step", "part"] = "part"  # the loss sees the whole step's load, or each part's (Megatron's)
     balance_bias_rate: Amount = 0.001  # step of the bias
     z_loss_coefficient: Amount = 0.0
     num_expert_groups: Count = 1  # experts are chosen from the best top_groups of these groups (node-limited routing)

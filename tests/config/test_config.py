@@ -428,8 +428,8 @@ FULL = {"capacity_factor": 1.25}
         (FULL, {"exchange": "gather"}, ["execution.exchange all_to_all → gather: which choices"]),
         ({}, {"exchange": "dedup", "overlap_chunks": 2, "buffer_factor": 2.0}, []),
         (FULL | {"structure": "dense"}, {"overlap_chunks": 2}, []),
-        ({}, {"accumulate_steps": 2}, []),
-        ({"balance_scope": "part", "dropout": 0.1}, {"accumulate_steps": 2},
+        ({"balance_scope": "step"}, {"accumulate_steps": 2}, []),
+        ({"dropout": 0.1}, {"accumulate_steps": 2},
          ["train.accumulate_steps 1 → 2: with model.balance_scope=part", "model.dropout draws other entries"]),
         ({"balance": "quantile", "balance_step": "same"}, {"accumulate_steps": 2},
          ["train.accumulate_steps 1 → 2: with model.balance_step=same"]),
@@ -441,7 +441,7 @@ FULL = {"capacity_factor": 1.25}
         ({"balance": "quantile"}, {"replica": (1, 2), "accumulate_steps": 2},
          ["train.accumulate_steps 1 → 2, mesh.replica 1 → 2: with model.balance=quantile"]),
         ({"balance": "quantile"}, {"replica": (2, 4)}, []),
-        ({}, {"accumulate_steps": 2, "lora": True},
+        ({"balance": "none"}, {"accumulate_steps": 2, "lora": True},
          ["train.accumulate_steps 1 → 2: tuning.lora_dropout draws other entries from here on"]),
         ({"balance": "quantile", "mtp_modules": 1}, {"accumulate_steps": 2}, []),  # padding
         (FULL, {"expert": 4}, ["mesh.expert 2 → 4: which choices"]),
@@ -505,6 +505,7 @@ def test_a_config_of_an_earlier_version_is_read_as_it_was_written() -> None:
     assert config.model == ModelConfig(
         "vanilla", num_layers=3, hidden_size=128, num_heads=2, num_experts=64, num_shared_experts=1, router_scale=2.0,
         shared_expert_hidden_size=256, latent_norm="none", capacity_factor=1.25, balance_coefficient=0.01,
+        balance_scope="step",
     )  # fmt: skip
     assert config.model.choices == 1 and config.cache_dir == Config.cache_dir
     assert config.execution == ExecutionConfig(remat="layer", buffer_factor=math.inf)
@@ -666,14 +667,15 @@ def test_a_base_model_of_the_paper() -> None:
         "model.norm": "layernorm", "model.positions": "learned", "model.activation": "gelu", "model.use_bias": True,
         "model.qk_norm": False, "model.dropout": 0.1, "model.num_experts": 64, "model.top_k": 8,
         "model.latent_norm": "none", "model.projection_init": "random", "model.capacity_factor": 1.2,
-        "model.router_renormalize": False, "model.balance_scope": "part", "execution.dtype": "bfloat16",
+        "model.router_renormalize": False, "execution.dtype": "bfloat16",
         "mesh.expert": 4, "data.source": "tfds:wikipedia/20230601.en", "data.tokenizer": "gpt2",
         "data.sequence_length": 2048, "data.batch_size": 256, "optimizer.warmup_steps": 1200,
         "optimizer.decay_steps": 5200, "train.steps": 6400, "train.eval_every": 400, "train.checkpoint_every": 400,
     }  # fmt: skip
     same = {
         "model.structure": "bigmac", "model.down_ratio": 0.25, "model.tie_embeddings": True,
-        "model.balance_coefficient": 0.001, "optimizer.learning_rate": 3e-4, "optimizer.final_learning_rate": 3e-5,
+        "model.balance_coefficient": 0.001, "model.balance_scope": "part",
+        "optimizer.learning_rate": 3e-4, "optimizer.final_learning_rate": 3e-5,
         "optimizer.b1": 0.9, "optimizer.b2": 0.95, "optimizer.eps": 1e-8, "optimizer.weight_decay": 0.1,
         "optimizer.clip_norm": 1.0, "train.seed": 1234, "train.log_every": 10,
     }  # fmt: skip

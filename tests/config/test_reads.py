@@ -34,7 +34,7 @@ OTHER = {
     "model.capacity_factor": 1.5, "model.overflow": "next", "model.overflow_tries": 1,
     "model.router_scores": "sigmoid", "model.router_renormalize": False,
     "model.router_scale": 3, "model.balance": "bias", "model.balance_coefficient": 0.3, "model.balance_step": "same",
-    "model.balance_scope": "part", "model.balance_bias_rate": 0.2, "model.z_loss_coefficient": 0.1,
+    "model.balance_scope": "step", "model.balance_bias_rate": 0.2, "model.z_loss_coefficient": 0.1,
     "model.num_expert_groups": 2, "model.top_groups": 2, "model.group_scores": "top_2",
     "model.mamba_heads": 8, "model.mamba_head_dim": 16, "model.mamba_groups": 2, "model.mamba_state": 8,
     "model.mamba_conv": 3, "model.mamba_conv_bias": False, "model.mamba_bias": True, "model.mamba_least_step": 0.01,

@@ -29,7 +29,7 @@ def tiny(mesh: Sequence[int] = (1, 1, 1), batch: int = 8, length: int = 8, **fie
     the model and of its execution."""
     defaults = {"num_layers": 2, "hidden_size": 16, "num_heads": 4, "vocab_size": 264, "num_experts": 8, "top_k": 3,
                 "capacity_factor": math.inf, "buffer_factor": math.inf, "balance_coefficient": 0.1,
-                "unroll_layers": 1}  # fmt: skip
+                "balance_scope": "step", "unroll_layers": 1}  # fmt: skip
     fields = defaults | fields
     execution = {f.name: fields.pop(f.name) for f in dataclasses.fields(ExecutionConfig) if f.name in fields}
     return Config(

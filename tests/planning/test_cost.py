@@ -328,7 +328,7 @@ def test_work_that_is_done_twice() -> None:
     assert again.matmul - logits == pytest.approx(4 / 3 * (plain.matmul - logits))
     assert again.attention == pytest.approx(4.5 / 3.5 * plain.attention)
     # A first pass counts the loads of all parts, which takes no logits.
-    jobs = [make_job(config(2, balance=balance), sizes(expert=2), PLAIN) for balance in ("aux_loss", "none")]
+    jobs = [make_job(config(2, balance_scope=scope), sizes(expert=2), PLAIN) for scope in ("step", "part")]
     assert [(job.forward_passes, job.parts) for job in jobs] == [(2, 2), (1, 2)]
 
 

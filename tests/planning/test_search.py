@@ -109,14 +109,14 @@ def test_moments_go_to_host_memory_where_nothing_fits_without() -> None:
 def test_what_a_search_would_find_without_the_pass_that_counts_loads() -> None:
     """As a search for the config that needs none finds it; there and where the batch is whole nothing is said."""
     least = min(sum(v.memory.values()) for v in variants(CONFIG, with_memory(1.0, 2), lean=True))
-    machine, part = with_memory(1.1 * least, 2), with_overrides(CONFIG, ["model.balance_scope=part"])
-    (chosen, said), (_, without) = (describe(config, machine) for config in (CONFIG, part))
+    machine, step = with_memory(1.1 * least, 2), with_overrides(CONFIG, ["model.balance_scope=step"])
+    (chosen, said), (_, without) = (describe(config, machine) for config in (step, CONFIG))
     assert chosen.train.accumulate_steps > 1 and chosen.model.balance_scope == "step"
     found = said["best"]["without_first_pass"]
     assert found["tokens_per_s"] == without["best"]["tokens_per_s"] > said["best"]["tokens_per_s"]
     assert sorted(found["flags"]) == sorted([*without["best"]["flags"], "--config.model.balance_scope=part"])
     assert without["best"]["without_first_pass"] is None
-    assert describe(CONFIG, Machine(2, H100))[1]["best"]["without_first_pass"] is None
+    assert describe(step, Machine(2, H100))[1]["best"]["without_first_pass"] is None
 
 
 def test_of_two_that_fit_whole_the_one_without_copies_is_faster() -> None:
