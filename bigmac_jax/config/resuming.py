@@ -30,7 +30,10 @@ def check_resume(saved: Config, new: Config) -> None:
     before, after = flat_values(saved.resolved), flat_values(new.resolved)
     for values, config in ((before, saved), (after, new)):
         values["model.context_length"] = config.context_length
-    unread = () if "bigmac" in (saved.model.structure, new.model.structure) else _BIGMAC_ALONE
+    unread: tuple[str, ...] = () if "bigmac" in (saved.model.structure, new.model.structure) else _BIGMAC_ALONE
+    # A whole batch is its own part, so that a run begun before the default was `part` goes on.
+    if max(config.train.accumulate_steps for config in (saved, new)) == 1:
+        unread += ("model.balance_scope",)
     declared = () if new.model.positions == "learned" else ("model.context_length",)  # which exports alone read
     for name, value in after.items():
         may = name.startswith((*MAY_CHANGE, *RATES_MAY_CHANGE, *unread, *declared)) or (

@@ -385,7 +385,7 @@ def test_check_resume(name: str) -> None:
                "train.most_lost_updates", "train.on_bad_step", "train.max_bad_steps", "train.spike_factor", "cache_dir",
                "train.wandb", "data.source", "data.validation_source", "data.test_source", "data.tokenizer",
                "data.num_workers", "data.mixture", "train.tasks", "train.tasks_limit", "model.context_length",
-               "tuning.chat_template", "optimizer.clip_norm", *RATES_MAY_CHANGE}  # fmt: skip
+               "tuning.chat_template", "optimizer.clip_norm", "model.balance_scope", *RATES_MAY_CHANGE}  # fmt: skip
     if name in allowed or name.startswith(("mesh.", "execution.")):
         check_resume(Config(), changed(name))
         return
@@ -409,6 +409,21 @@ def test_the_step_that_quantiles_are_of_stays() -> None:
     next_, same = (Config(model=ModelConfig(balance="quantile", balance_step=step)) for step in ("next", "same"))
     with pytest.raises(ConfigError, match=r"model\.balance_step='same' differs from 'next'"):
         check_resume(next_, same)
+
+
+def test_the_scope_of_the_balance_loss_stays_where_there_are_parts() -> None:
+    """A whole batch is its own part: a run begun when the default was the step goes on."""
+    (before, one), (parted, two) = (
+        [
+            Config(model=ModelConfig(balance_scope=scope), train=TrainConfig(accumulate_steps=parts))
+            for scope in ("step", "part")
+        ]
+        for parts in (1, 2)
+    )
+    check_resume(before, one)
+    for saved, new in ((parted, two), (before, two), (parted, one)):
+        with pytest.raises(ConfigError, match=r"^model\.balance_scope='part' differs from 'step', which"):
+            check_resume(saved, new)
 
 
 def test_what_becomes_of_an_overflow_stays() -> None:
