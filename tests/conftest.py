@@ -8,8 +8,6 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 os.environ["TF_CPP_MIN_LOG_LEVEL"] = "2"
-# Programs take seconds to compile and milliseconds to run: without LLVM's optimisations, here and in what tests start.
-os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
 import jax
 import part
 import pytest
@@ -22,6 +20,9 @@ if jax.__version_info__[:2] == (0, 10):
     # have no such flags.
     flags_of_xla = ("--xla_cpu_use_fusion_emitters=false", "--xla_cpu_parallel_codegen_split_count=1")
     os.environ["XLA_FLAGS"] = " ".join((os.environ.get("XLA_FLAGS", ""), *flags_of_xla))
+# Programs take seconds to compile and milliseconds to run. Processes that tests start are told on their own: some
+# compile for a TPU or a GPU, as users do.
+jax.config.update("jax_disable_most_optimizations", True)
 jax.config.update("jax_num_cpu_devices", 8)
 environment.order_collectives(jax.__version_info__)
 jax.config.update("jax_numpy_rank_promotion", "raise")

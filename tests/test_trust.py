@@ -145,7 +145,7 @@ def test_no_trap_is_opened(tmp_path: pathlib.Path, traps: pathlib.Path, hostile:
     results.mkdir()
     cases = [{"name": name, "argv": argv} for name, argv in commands.items()]
     (results / "cases.json").write_text(json.dumps(cases))
-    environment = {"BIGMAC_KEEP_ENV": "1", "PYTHONPATH": str(ROOT)}
+    environment = {"BIGMAC_KEEP_ENV": "1", "PYTHONPATH": str(ROOT), "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
     environment |= {"BIGMAC_CACHE_DIR": str(tmp_path / "cache"), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
     watch = Watch(traps)
     subprocess.run(

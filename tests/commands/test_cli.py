@@ -175,8 +175,8 @@ def outcomes(folder: pathlib.Path, request: pytest.FixtureRequest) -> dict[str, 
     results = folder / "results"
     results.mkdir()
     (results / "cases.json").write_text(json.dumps(cases))
-    environment = {"BIGMAC_KEEP_ENV": "1", "PYTHONPATH": str(ROOT), "BIGMAC_CACHE_DIR": str(folder / "cache"),
-                   "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}  # fmt: skip
+    environment = {"BIGMAC_KEEP_ENV": "1", "PYTHONPATH": str(ROOT), "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+    environment |= {"BIGMAC_CACHE_DIR": str(folder / "cache"), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
     subprocess.run(
         [sys.executable, COMMANDS, results / "cases.json"],
         cwd=ROOT,

@@ -48,7 +48,7 @@ def test_the_quick_start(tmp_path: pathlib.Path) -> None:
                 "--cpu_devices=1",
                 *arguments,
             ],
-            env=os.environ | {"BIGMAC_CACHE_DIR": str(tmp_path / "cache")},
+            env=os.environ | {"BIGMAC_CACHE_DIR": str(tmp_path / "cache"), "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"},
             cwd=ROOT,
             capture_output=True,
             text=True,

@@ -53,7 +53,7 @@ def commands(folder: pathlib.Path, cases: dict[str, list[str]]) -> dict[str, End
     folder.mkdir()
     (folder / "cases.json").write_text(json.dumps([{"name": name, "argv": argv} for name, argv in cases.items()]))
     runner = ROOT / "tests" / "training" / "commands.py"
-    environment = {"BIGMAC_KEEP_ENV": "1", "PYTHONPATH": str(ROOT)}
+    environment = {"BIGMAC_KEEP_ENV": "1", "PYTHONPATH": str(ROOT), "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
     subprocess.run(
         [sys.executable, runner, folder / "cases.json"], cwd=ROOT, env=os.environ | environment,
         timeout=60 + 40 * len(cases), check=True,

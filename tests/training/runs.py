@@ -14,6 +14,7 @@ from .tools import ROOT, read_records
 
 ENVIRONMENT = os.environ | {
     "BIGMAC_KEEP_ENV": "1",
+    "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",  # of LLVM: they take longer than the run
     "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",  # programs of any size are kept between starts
 }
 LIMIT = 120.0  # seconds; a start takes five
