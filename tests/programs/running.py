@@ -86,9 +86,11 @@ def check_expert_copies(topology: str, resident: int) -> None:
 def check_replicas(topology: str, *overrides: str) -> None:
     """Gradients cross once a step, in shards of the asked dtype, beside some kilobytes of statistics; tiles are padded.
 
-    Whatever else crosses is nothing of a layer or a part: no loop is around it.
+    Whatever else crosses is nothing of a layer or a part: no loop is around it. With the balance loss of each part its
+    loads would be, as a line at the start says (`replicas`).
     """
-    made = compiled(topology, "step", "mesh.replica=2", "train.accumulate_steps=2", "data.batch_size=128", *overrides)
+    fields = "mesh.replica=2", "train.accumulate_steps=2", "data.batch_size=128", "model.balance_scope=step"
+    made = compiled(topology, "step", *fields, *overrides)
     # Of two replicas: a rank sends half of a buffer, twice for a sum that all have.
     found = [(kind, size) for kind, axes, size, times, _ in made["step"]["collectives"] if "replica" in axes]
     assert {times for _, axes, _, times, _ in made["step"]["collectives"] if "replica" in axes} == {1}
