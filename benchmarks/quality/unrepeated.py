@@ -51,8 +51,8 @@ def _at_rate(name: str, factor: float, width: int, steps: int) -> Condition:
     return Condition(f"{name}{RATE}{factor:g}", fields(name, width) | TEXT | rate, width, steps, SEEDS[:1])
 
 
-# What balances the loads of a batch in parts without a forward pass that counts them first. What ships does take that
-# pass, and then sums what it would without parts: its runs are those of the whole batch.
+# What balances the loads of a batch in parts without a forward pass that counts them first. The loss of the step takes
+# that pass, and then sums what it would without parts: its runs are those of the whole batch.
 IN_PARTS: dict[str, Fields] = {
     "loss of a part": {"model.balance_scope": "part"},
     "bias": {"model.balance": "bias"},
@@ -62,6 +62,7 @@ PARTS = 4  # of two rows
 
 
 def in_parts(name: str, steps: int = LENGTHS[0]) -> Condition:
+    """r = 1/4 as it ships, its batch in parts, balanced as `IN_PARTS` says."""
     own = IN_PARTS[name] | {"train.accumulate_steps": PARTS}
     return Condition(f"{SHIPPED}, in parts, {name}", fields(SHIPPED, 128) | TEXT | own, 128, steps)
 

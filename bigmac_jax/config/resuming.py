@@ -31,8 +31,9 @@ def check_resume(saved: Config, new: Config) -> None:
     for values, config in ((before, saved), (after, new)):
         values["model.context_length"] = config.context_length
     unread: tuple[str, ...] = () if "bigmac" in (saved.model.structure, new.model.structure) else _BIGMAC_ALONE
-    # A whole batch is its own part, so that a run begun before the default was `part` goes on.
-    if max(config.train.accumulate_steps for config in (saved, new)) == 1:
+    # A whole batch is its own part, and no other balance has a loss: a run begun before `part` was the default goes on.
+    has_loss = new.model.is_moe and new.model.balance == "aux_loss"
+    if not has_loss or max(config.train.accumulate_steps for config in (saved, new)) == 1:
         unread += ("model.balance_scope",)
     declared = () if new.model.positions == "learned" else ("model.context_length",)  # which exports alone read
     for name, value in after.items():

@@ -44,8 +44,7 @@ def search(config: Config, machine: Machine) -> list[Candidate]:
         raise ConfigError(_why_none(config, machine.devices))
     missed = heapq.nlargest(NEAREST, (v for v in found if not v.fits), key=lambda v: v.headroom)
     timed = [
-        Candidate(**vars(v), times=step_time(v.config, v.sizes, machine.hardware, machine.topology, machine.load))
-        for v in itertools.chain((v for v in found if v.fits), missed)
+        Candidate(**vars(v), times=_times(v, machine)) for v in itertools.chain((v for v in found if v.fits), missed)
     ]
     fit = sorted((c for c in timed if c.fits), key=_rank)
     return fit + sorted((c for c in timed if not c.fits), key=lambda c: (-c.headroom, -c.times.tokens_per_s))
@@ -59,12 +58,15 @@ def fastest(config: Config, machine: Machine, among: Collection[Axes] | None = N
     """
     best: dict[Axes, Candidate] = {}
     for v in variants(config, machine, fitting=True, among=among):
-        times = step_time(v.config, v.sizes, machine.hardware, machine.topology, machine.load)
-        found = Candidate(**vars(v), times=times)
+        found = Candidate(**vars(v), times=_times(v, machine))
         mesh = axes(found)
         if mesh not in best or _rank(found) < _rank(best[mesh]):
             best[mesh] = found
     return sorted(best.values(), key=_rank)
+
+
+def _times(variant: Variant, machine: Machine) -> Times:
+    return step_time(variant.config, variant.sizes, machine.hardware, machine.topology, machine.load)
 
 
 def axes(candidate: Candidate) -> Axes:
@@ -151,16 +153,12 @@ def describe(config: Config, machine: Machine) -> tuple[Config, dict[str, Any]]:
 def _spare_first_pass(config: Config, found: Sequence[Candidate], machine: Machine) -> dict[str, Any] | None:
     """What a search would find if every part of the batch were balanced on its own, so that no pass counted the loads
     of all parts first; None where it is no faster. It changes the balance loss, so a search does not choose it."""
-    spared = [
-        Candidate(
-            **vars(c)
-            | {"config": other, "times": step_time(other, c.sizes, machine.hardware, machine.topology, machine.load)}
-        )
+    by_part = [
+        replace(c, config=replace(c.config, model=replace(c.config.model, balance_scope="part")))
         for c in found
         if c.fits and counts.forward_passes(c.config) > 1
-        for other in (with_overrides(c.config, ["model.balance_scope=part"]),)
     ]
-    best = min(spared, key=_rank, default=found[0])
+    best = min((replace(c, times=_times(c, machine)) for c in by_part), key=_rank, default=found[0])
     if _rank(best) >= _rank(found[0]):
         return None
     return {"flags": flags(config, best.config), "tokens_per_s": best.times.tokens_per_s}

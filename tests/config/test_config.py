@@ -424,6 +424,8 @@ def test_the_scope_of_the_balance_loss_stays_where_there_are_parts() -> None:
     for saved, new in ((parted, two), (before, two), (parted, one)):
         with pytest.raises(ConfigError, match=r"^model\.balance_scope='part' differs from 'step', which"):
             check_resume(saved, new)
+    for unread in ({"balance": "bias"}, {"balance": "quantile"}, {"balance": "none"}, {"structure": "dense"}):
+        check_resume(*(dataclasses.replace(c, model=dataclasses.replace(c.model, **unread)) for c in (parted, two)))
 
 
 def test_what_becomes_of_an_overflow_stays() -> None:
