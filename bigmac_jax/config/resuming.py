@@ -5,6 +5,7 @@ from dataclasses import replace
 from typing import Any
 
 from bigmac_jax.config.errors import require
+from bigmac_jax.config.reads import unread_for
 from bigmac_jax.config.root import Config
 from bigmac_jax.config.section import flat_values
 
@@ -32,8 +33,8 @@ def check_resume(saved: Config, new: Config) -> None:
         values["model.context_length"] = config.context_length
     unread: tuple[str, ...] = () if "bigmac" in (saved.model.structure, new.model.structure) else _BIGMAC_ALONE
     # A whole batch is its own part, and no other balance has a loss: a run begun before `part` was the default goes on.
-    has_loss = new.model.is_moe and new.model.balance == "aux_loss"
-    if not has_loss or max(config.train.accumulate_steps for config in (saved, new)) == 1:
+    whole = max(config.train.accumulate_steps for config in (saved, new)) == 1
+    if whole or unread_for(new, "model.balance_scope"):
         unread += ("model.balance_scope",)
     declared = () if new.model.positions == "learned" else ("model.context_length",)  # which exports alone read
     for name, value in after.items():
