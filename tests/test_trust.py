@@ -14,6 +14,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+import forks
 import pytest
 from model.tools import on_mesh, random_model, tiny
 from training.tools import ROOT, write_config
@@ -27,7 +28,6 @@ from bigmac_jax.training.workdir import load_run_tokenizer, use_saved_template, 
 from bigmac_jax.training.workdir import write_config as write_config_of_run
 from bigmac_jax.tuning.pretrained import open_pretrained
 
-COMMANDS = pathlib.Path(__file__).parent / "training" / "commands.py"
 # As serve.py, but for the network: it ends where requests would be answered.
 SERVE = """
 import bigmac_jax.commands.serve as command
@@ -128,7 +128,7 @@ def hostile(tmp_path: pathlib.Path, traps: pathlib.Path) -> pathlib.Path:
 @pytest.mark.skipif(sys.platform != "linux", reason="inotify is Linux's")
 def test_no_trap_is_opened(tmp_path: pathlib.Path, traps: pathlib.Path, hostile: pathlib.Path) -> None:
     """By import, and by what reads the run: a workdir whose every path is a trap, too."""
-    run, results = tmp_path / "run", tmp_path / "results"
+    run = tmp_path / "run"
     (tmp_path / "serve.py").write_text(SERVE)
     (tmp_path / "spoil.py").write_text(SPOIL)
     (tmp_path / "spoilt.json").write_text(json.dumps(naming(traps)))
@@ -142,17 +142,11 @@ def test_no_trap_is_opened(tmp_path: pathlib.Path, traps: pathlib.Path, hostile:
         "export": ("convert.py", "export", *of_run, f"--output={tmp_path / 'exported'}"),
         "serve": (str(tmp_path / "serve.py"), *of_run, "--port=0", "--max_length=8", "--batch_size=1", "--chunk=1"),
     }
-    results.mkdir()
-    cases = [{"name": name, "argv": argv} for name, argv in commands.items()]
-    (results / "cases.json").write_text(json.dumps(cases))
-    environment = {"BIGMAC_KEEP_ENV": "1", "PYTHONPATH": str(ROOT), "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
-    environment |= {"BIGMAC_CACHE_DIR": str(tmp_path / "cache"), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
     watch = Watch(traps)
-    subprocess.run(
-        [sys.executable, COMMANDS, results / "cases.json"], cwd=ROOT, env=os.environ | environment, check=True
-    )
-    for name in commands:
-        assert (results / f"{name}.code").read_text() == "0", (name, (results / f"{name}.err").read_text())
+    for name, argv in commands.items():
+        log = tmp_path / f"{name}.log"
+        ended = forks.start(argv, log, environment={"BIGMAC_CACHE_DIR": str(tmp_path / "cache")})
+        assert ended.wait() == 0, (name, log.read_text())
     assert watch.opened() == set()
     assert any((tmp_path / "cache" / "programs").iterdir())
     assert str(traps) not in "".join(p.read_text() for p in (tmp_path / "exported").glob("*.json"))

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from typing import Any, NamedTuple
 
+import forks
 import jax
 import numpy as np
 import pytest
@@ -21,7 +22,6 @@ from bigmac_jax.runtime import environment
 from bigmac_jax.training.workdir import read_config
 from bigmac_jax.tuning import restore
 
-COMMANDS = pathlib.Path(__file__).parents[1] / "training" / "commands.py"
 CONFIG_FILES = sorted((ROOT / "configs").rglob("*.py"))
 
 TRAIN = ("train.py", "--config={folder}/config.json", "--workdir={folder}/run", "--cpu_devices=2")
@@ -168,28 +168,14 @@ def outcomes(folder: pathlib.Path, request: pytest.FixtureRequest) -> dict[str, 
     asked = {item.callspec.params.get("name") for item in request.session.items if hasattr(item, "callspec")}
     bad = {name: argv for name, (argv, _) in BAD.items() if name in asked}
     commands = GOOD | bad | {"diverged": DIVERGED}
-    cases = [
-        {"name": f"case{i}", "argv": [part.format(folder=folder) for part in argv]}
-        for i, argv in enumerate(commands.values())
-    ]
-    results = folder / "results"
-    results.mkdir()
-    (results / "cases.json").write_text(json.dumps(cases))
-    environment = {"BIGMAC_KEEP_ENV": "1", "PYTHONPATH": str(ROOT), "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
-    environment |= {"BIGMAC_CACHE_DIR": str(folder / "cache"), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
-    subprocess.run(
-        [sys.executable, COMMANDS, results / "cases.json"],
-        cwd=ROOT,
-        env=os.environ | environment,
-        timeout=500,
-        check=True,
-    )
+    out, err = folder / "out", folder / "err"
 
-    def outcome(i: int) -> Outcome:
-        read = {suffix: (results / f"case{i}.{suffix}").read_text() for suffix in ("code", "out", "err")}
-        return Outcome(int(read["code"]), read["out"], read["err"])
+    def outcome(argv: tuple[str, ...]) -> Outcome:
+        own = {"BIGMAC_CACHE_DIR": str(folder / "cache")}
+        code = forks.start([part.format(folder=folder) for part in argv], out, err, own).wait()
+        return Outcome(code, out.read_text(), err.read_text())
 
-    return {name: outcome(i) for i, name in enumerate(commands)}
+    return {name: outcome(argv) for name, argv in commands.items()}
 
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=[] if n in CHEAP else [pytest.mark.full]) for n in BAD])

@@ -1,16 +1,15 @@
 """Damaged files as the programs meet them: recovered from, or one line and exit code 2; never other losses."""
 
 import json
-import os
 import pathlib
 import shutil
-import subprocess
-import sys
+import time
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import forks
 import pytest
-from training.tools import ROOT, read_records, write_config
+from training.tools import read_records, write_config
 
 from .mutations import damage
 
@@ -49,23 +48,15 @@ class Ended(NamedTuple):
 
 
 def commands(folder: pathlib.Path, cases: dict[str, list[str]]) -> dict[str, Ended]:
-    """What became of each; of one that has not ended there is nothing."""
+    """What became of each, one after another."""
     folder.mkdir()
-    (folder / "cases.json").write_text(json.dumps([{"name": name, "argv": argv} for name, argv in cases.items()]))
-    runner = ROOT / "tests" / "training" / "commands.py"
-    environment = {"BIGMAC_KEEP_ENV": "1", "PYTHONPATH": str(ROOT), "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
-    subprocess.run(
-        [sys.executable, runner, folder / "cases.json"], cwd=ROOT, env=os.environ | environment,
-        timeout=60 + 40 * len(cases), check=True,
-    )  # fmt: skip
 
-    def ended(name: str) -> Ended:
-        code, out, err, seconds = (
-            (folder / f"{name}.{suffix}").read_text() for suffix in ("code", "out", "err", "seconds")
-        )
-        return Ended(int(code), out, err, float(seconds))
+    def ended(name: str, argv: list[str]) -> Ended:
+        out, err, start = folder / f"{name}.out", folder / f"{name}.err", time.monotonic()
+        code = forks.start(argv, out, err).wait(100)
+        return Ended(code, out.read_text(), err.read_text(), time.monotonic() - start)
 
-    return {name: ended(name) for name in cases}
+    return {name: ended(name, argv) for name, argv in cases.items()}
 
 
 def at(here: pathlib.Path, argv: Sequence[str]) -> list[str]:

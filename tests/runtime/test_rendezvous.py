@@ -12,7 +12,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from training.runs import ENVIRONMENT
+from forks import ENVIRONMENT
 from training.tools import ROOT, write_config
 
 from benchmarks.ports import free_port

@@ -9,7 +9,8 @@ import sys
 import time
 
 import pytest
-from training.runs import ENVIRONMENT, LIMIT
+from forks import ENVIRONMENT
+from training.runs import LIMIT
 from training.tools import ROOT, write_config
 
 WORDS = {signal.SIGINT: (130, "interrupted\n"), signal.SIGTERM: (143, "terminated\n")}

@@ -4,14 +4,13 @@ import http.client
 import json
 import pathlib
 import signal
-import subprocess
-import sys
 import time
 from typing import Any
 
+import forks
 import jax
-from training.runs import ENVIRONMENT, LIMIT
-from training.tools import ROOT, small
+from training.runs import LIMIT
+from training.tools import small
 
 from bigmac_jax.model.mesh import make_mesh
 from bigmac_jax.run.loop import train
@@ -34,10 +33,8 @@ class Server:
         key = workdir.parent / "key"
         key.write_text(KEY)
         self._log = workdir.with_suffix(".serve.log")
-        command = [sys.executable, "serve.py", f"--workdir={workdir}", "--port=0", "--cpu_devices=1",
-                   f"--api_key_file={key}", *arguments]  # fmt: skip
-        with self._log.open("w") as log:
-            self.process = subprocess.Popen(command, cwd=ROOT, env=ENVIRONMENT, stdout=log, stderr=log)
+        command = ["serve.py", f"--workdir={workdir}", "--port=0", "--cpu_devices=1", f"--api_key_file={key}"]
+        self.process = forks.start([*command, *arguments], self._log)
         end = time.monotonic() + LIMIT
         while "serving run at http://127.0.0.1:" not in self.output:
             assert self.process.poll() is None and time.monotonic() < end, self.output

@@ -1,22 +1,16 @@
 """Starts train.py as its own process, and watches and kills it."""
 
-import os
 import pathlib
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Sequence
 
+import forks
+
 from benchmarks.ports import free_port
 
-from .tools import ROOT, read_records
+from .tools import read_records
 
-ENVIRONMENT = os.environ | {
-    "BIGMAC_KEEP_ENV": "1",
-    "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",  # of LLVM: they take longer than the run
-    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",  # programs of any size are kept between starts
-}
 LIMIT = 120.0  # seconds; a start takes five
 
 
@@ -25,15 +19,9 @@ class Process:
 
     def __init__(self, config: pathlib.Path, workdir: pathlib.Path, *arguments: str):
         self.workdir, self._log = workdir, workdir.with_suffix(".log")
-        command = [sys.executable, "train.py", f"--config={config}", f"--workdir={workdir}", "--cpu_devices=2"]
-        with self._log.open("w") as log:
-            self._process = subprocess.Popen(
-                [*command, "--config.mesh.expert=2", f"--config.cache_dir={config.parent / 'cache'}", *arguments],
-                cwd=ROOT,
-                env=ENVIRONMENT,
-                stdout=log,
-                stderr=log,
-            )
+        command = ["train.py", f"--config={config}", f"--workdir={workdir}", "--cpu_devices=2",
+                   "--config.mesh.expert=2", f"--config.cache_dir={config.parent / 'cache'}"]  # fmt: skip
+        self._process = forks.start([*command, *arguments], self._log)
 
     def wait(self) -> int:
         return self._process.wait(LIMIT)
@@ -91,15 +79,14 @@ class Job:
         coordinator = f"127.0.0.1:{free_port()}"
         self.processes = []
         for i, path in enumerate(self._logs):
-            command = [sys.executable, *script, f"--workdir={workdir}", *arguments, *(own[i] if own else ())]
+            command = [*script, f"--workdir={workdir}", *arguments, *(own[i] if own else ())]
             command += [f"--config={config}", f"--config.cache_dir={config.parent / 'cache'}"] if config else []
             if environments:
-                environment, command = ENVIRONMENT | environments[i], [*command, "--distributed"]
+                command.append("--distributed")
             else:
-                environment = ENVIRONMENT
                 command += [f"--coordinator={coordinator}", f"--num_processes={count}", f"--process_id={i}"]
-            with path.open("w") as log:
-                self.processes.append(subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=log))
+            environment = environments[i] if environments else {}
+            self.processes.append(forks.start(command, path, environment=environment))
 
     def __enter__(self) -> "Job":
         return self

@@ -11,13 +11,14 @@ from collections.abc import Sequence
 import jax
 import numpy as np
 import pytest
+from forks import ENVIRONMENT
 
 from bigmac_jax.config import load_config
 from bigmac_jax.model.mesh import make_mesh
 from bigmac_jax.run.loop import train
 from bigmac_jax.training.workdir import read_config
 
-from .runs import ENVIRONMENT, LIMIT, Job, last_step
+from .runs import LIMIT, Job, last_step
 from .tools import ROOT, read_records, write_config
 
 

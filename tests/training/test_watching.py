@@ -9,8 +9,9 @@ import sys
 import time
 
 import pytest
+from forks import ENVIRONMENT
 
-from .runs import ENVIRONMENT, LIMIT, Job
+from .runs import LIMIT, Job
 from .tools import ROOT, write_config
 
 SHORT = ("--cpu_devices=1", "--config.mesh.expert=2", "--config.train.steps=6", "--config.train.eval_every=0",

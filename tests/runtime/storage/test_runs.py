@@ -15,8 +15,9 @@ import chex
 import jax
 import numpy as np
 import pytest
+from forks import ENVIRONMENT
 from model.tools import on_mesh, random_model
-from training.runs import ENVIRONMENT, LIMIT
+from training.runs import LIMIT
 from training.tools import ROOT, leaves_of, of_training, read_records, small, write_config
 
 from benchmarks.stores import BUCKET, Proxy, Server, gcs
