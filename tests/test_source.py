@@ -25,6 +25,11 @@ def no_collections() -> Iterator[None]:
     gc.enable()
 
 
+@functools.cache
+def _parsed(path: pathlib.Path) -> ast.Module:
+    return ast.parse(path.read_text())
+
+
 @functools.cache  # of the many functions of the tests, each is asked several times
 def _own(function: Function) -> list[ast.AST]:
     """The nodes of a function, those of functions inside it left out."""
@@ -81,7 +86,7 @@ def shadowed(tree: ast.Module) -> list[tuple[int, str]]:
 def test_no_comprehension_takes_the_name_of_a_free_variable() -> None:
     """CPython 3.12 and 3.13 inline comprehensions. Where one binds the name of a free variable of its function, and
     another function inside reads that, they end in an UnboundLocalError."""
-    found = {str(path.relative_to(ROOT)): shadowed(ast.parse(path.read_text())) for path in FILES}
+    found = {str(path.relative_to(ROOT)): shadowed(_parsed(path)) for path in FILES}
     assert len(found) > 100
     assert not {path: places for path, places in found.items() if places}
 
@@ -101,7 +106,7 @@ def test_the_names_of_a_notebook_are_there() -> None:
 @pytest.mark.parametrize("path", sorted((ROOT / "benchmarks").rglob("*.py")), ids=lambda path: path.stem)
 def test_benchmarks_import_what_there_is(path: pathlib.Path) -> None:
     """Every name that a benchmark takes from the package: nobody runs most of them in the tests."""
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in ast.walk(_parsed(path)):
         if not (isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "bigmac_jax"):
             continue
         if node.module == "bigmac_jax.evaluation.harness":  # needs lm_eval
@@ -119,7 +124,7 @@ def test_programs_in_strings_import_what_there_is() -> None:
     strings = [
         node.value
         for path in FILES
-        for node in ast.walk(ast.parse(path.read_text()))
+        for node in ast.walk(_parsed(path))
         if isinstance(node, ast.Constant) and isinstance(node.value, str)
     ]
     found = {
@@ -145,7 +150,7 @@ PACKAGES = (
 def imported_packages(path: pathlib.Path) -> set[str]:
     """Those of bigmac_jax that a file imports from, anywhere in it."""
     found = set()
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in ast.walk(_parsed(path)):
         if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "bigmac_jax":
             parts = node.module.split(".")[1:]
             found |= {parts[0]} if parts else {alias.name for alias in node.names} - {"__version__"}
@@ -172,7 +177,7 @@ def test_what_takes_seconds_to_import_is_imported_by_who_uses_it() -> None:
     """tensorboardX imports torch and boto3 where they are installed: no file has the one that needs it at its top."""
     slow, found = {"tensorboardX", "bigmac_jax.training.tensorboard", "torch", "transformers", "wandb"}, {}
     for path in (ROOT / "bigmac_jax").rglob("*.py"):
-        top = [node for node in ast.parse(path.read_bytes()).body if isinstance(node, ast.Import | ast.ImportFrom)]
+        top = [node for node in _parsed(path).body if isinstance(node, ast.Import | ast.ImportFrom)]
         names = {getattr(node, "module", None) or alias.name for node in top for alias in node.names}
         found[str(path.relative_to(ROOT))] = {name for name in names if {name, name.partition(".")[0]} & slow}
     assert {path for path, names in found.items() if names and "/hf/" not in path} == {
@@ -191,7 +196,7 @@ def test_docstrings_say_what_a_thing_is() -> None:
     going_on = [
         f"{path.relative_to(ROOT)}:{node.lineno} {node.name}"
         for path in (ROOT / "bigmac_jax").rglob("*.py")
-        for node in ast.walk(ast.parse(path.read_text()))
+        for node in ast.walk(_parsed(path))
         if isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith("_")
         if (ast.get_docstring(node) or "").startswith(("Of ", "That "))
     ]
@@ -226,7 +231,7 @@ def test_json_says_whether_it_may_hold_nan() -> None:
     silent = [
         f"{path}:{node.lineno}"
         for path in (ROOT / "bigmac_jax").rglob("*.py")
-        for node in ast.walk(ast.parse(path.read_text()))
+        for node in ast.walk(_parsed(path))
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in ("dump", "dumps")
         if isinstance(node.func.value, ast.Name) and node.func.value.id == "json"
         if "allow_nan" not in {keyword.arg for keyword in node.keywords}

@@ -70,11 +70,12 @@ def story(tmp_path_factory: pytest.TempPathFactory) -> Story:
         assert run.wait() == [0, 0], run.outputs
         said = run.outputs
 
-    with two(folder, disturbed) as run:
+    without = "train.eval_every=0"
+    with two(folder, disturbed, without) as run:
         run.until(STOPPED)
         run.processes[1].send_signal(signal.SIGTERM)
         stopped = run.wait(), run.outputs, checkpoint_steps(disturbed)
-    with two(folder, disturbed, every_step) as run:
+    with two(folder, disturbed, every_step, without) as run:
         run.until(max(stopped[2]) + 3)
         run.processes[1].kill()
         start = time.monotonic()
