@@ -32,9 +32,8 @@ def check_resume(saved: Config, new: Config) -> None:
     for values, config in ((before, saved), (after, new)):
         values["model.context_length"] = config.context_length
     unread: tuple[str, ...] = () if "bigmac" in (saved.model.structure, new.model.structure) else _BIGMAC_ALONE
-    # A whole batch is its own part, and no other balance has a loss: a run begun before `part` was the default goes on.
-    whole = max(config.train.accumulate_steps for config in (saved, new)) == 1
-    if whole or unread_for(new, "model.balance_scope"):
+    # A run begun before `part` was the default goes on where neither reads it.
+    if all(unread_for(config, "model.balance_scope") for config in (saved, new)):
         unread += ("model.balance_scope",)
     declared = () if new.model.positions == "learned" else ("model.context_length",)  # which exports alone read
     for name, value in after.items():

@@ -68,7 +68,7 @@ CONFIGS = {
         "execution.buffer_factor"),
     "model.blocks=ME model.mamba_head_dim=16": (
         "model.num_heads", "model.num_kv_heads", "model.head_dim", "model.qk_norm", "execution.attention",
-        "model.positions", "model.rope_theta", "model.dense_hidden_size"),
+        "model.positions", "model.rope_theta", "model.dense_hidden_size", "model.balance_scope"),
     "model.balance=quantile model.capacity_factor=inf execution.dtype=bfloat16 optimizer.schedule=constant": (
         "execution.exchange", "execution.gather_dtype", "optimizer.decay_steps", "optimizer.final_learning_rate"),
     "model.balance=bias model.balance_bias_rate=0 model.positions=none train.init_from=x tuning.lora_rank=2 "
