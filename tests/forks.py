@@ -90,19 +90,24 @@ def _parent(environment: tuple[tuple[str, str], ...]) -> subprocess.Popen[str]:
 
 
 def _serve() -> None:
-    """Answers a request with the pid of a new child, or with a child's exit code."""
+    """Answers a request with the pid of a new child, or with a child's exit code; ends those that are left."""
     gc.freeze()  # the children need not look through what was imported
+    children = set[int]()
     for line in sys.stdin:
         request = json.loads(line)
         if "poll" in request:
             pid, status = os.waitpid(request["poll"], os.WNOHANG)
             answer = os.waitstatus_to_exitcode(status) if pid else None
+            children.discard(pid)
         else:
             with warnings.catch_warnings(action="ignore"):  # JAX would have threads, if it had devices
                 answer = os.fork()
             if not answer:
                 return _become(**request)
+            children.add(answer)
         print(json.dumps(answer, allow_nan=False), flush=True)
+    for pid in children:
+        os.kill(pid, signal.SIGKILL)
 
 
 def _become(argv: list[str], out: str, err: str) -> None:
