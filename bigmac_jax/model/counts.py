@@ -187,9 +187,20 @@ def projections(m: ModelConfig) -> dict[str, int]:
     return found | ({"gate": h * h} if "gate" in m.latent_norms else {})
 
 
+def counts_loads(config: Config) -> bool:
+    """Whether a forward pass counts all parts' loads before the others."""
+    return config.model.counts_loads_first and config.train.accumulate_steps > 1
+
+
+def passes_to_logits(config: Config) -> int:
+    """Forward passes of a part of the batch whose logits are read: with adapters DPO's reference is a second one, of
+    the model without them."""
+    return 2 if config.tuning.objective == "dpo" and config.tuning.lora_rank else 1
+
+
 def forward_passes(config: Config) -> int:
-    """Forward passes of a part of the batch without recomputation: two where all parts' loads are counted first."""
-    return 2 if config.model.counts_loads_first and config.train.accumulate_steps > 1 else 1
+    """Forward passes of a part of the batch without recomputation, that which counts loads included."""
+    return passes_to_logits(config) + counts_loads(config)
 
 
 def recomputes(config: Config) -> bool:

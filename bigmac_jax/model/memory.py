@@ -155,9 +155,10 @@ def _kept_by_a_layer(config: Config, ranks: int, group: ExpertGroup, blocks: str
     if "E" in blocks:
         tokens = tokens_at_a_time(config, ranks)
         exchange = choose_exchange(config, m.capacity_factor, tokens, group)
-        rows = received_rows(exchange, tokens, m.choices) / tokens
+        slots = computed_rows(exchange, tokens, m.choices)  # of experts; alone, a rank's rows stand there at once
+        rows = received_rows(exchange, tokens, m.choices) / tokens if exchange.ranks > 1 else slots
         gated = 2 * m.hidden_size if "gate" in m.latent_norms else 0  # what W↑ gives, and x W_g
-        computed = matrices * computed_rows(exchange, tokens, m.choices) * m.expert_width
+        computed = matrices * slots * m.expert_width
         at_full_width = m.hidden_size + gated + matrices * m.shared_width + 2 * m.expert_count
         of_branch["E"] = at_full_width + 4 * rows * m.wire_size + computed
     return sum(of_branch[branch] for branch in blocks)

@@ -34,7 +34,8 @@ def exchange_traffic(config: Config, ranks: int, group: ExpertGroup, name: str =
     else:
         exchange = choose_exchange(config, m.capacity_factor, tokens, group)
     forward, backward = (row_bytes(format, m.wire_size) for format in (exchange.forward, exchange.backward))
-    # The forward pass runs again where loads are counted first, and where it is rematerialised with its exchange.
+    # The forward pass runs again where loads are counted first, where it is rematerialised with its exchange, and as
+    # DPO's reference.
     passes, again = forward_passes(config), exchanges_again(config)
     dispatches = passes + again
     combines = passes + (again and _back_again(config, exchange))
@@ -116,11 +117,13 @@ def exchanged_bytes(config: Config, ranks: int, group: ExpertGroup) -> float:
 
 
 def received_rows(exchange: Strategy, tokens: int, choices: int) -> float:
-    """Rows that a rank receives in one exchange, empty ones and its own included."""
-    if isinstance(exchange, Ragged) and exchange.ranks > 1:  # it sends no empty row, but has room for them
+    """Rows that a rank receives in one exchange, empty ones and its own included; alone it keeps its tokens' rows, or
+    places them in the experts' room."""
+    if exchange.ranks == 1:
+        return exchange.rows(tokens, choices) if isinstance(exchange, AllToAll) and not exchange.dropless else tokens
+    if isinstance(exchange, Ragged):  # it sends no empty row, but has room for them
         return exchange.room(tokens, choices)
-    sent = sum(cost(exchange, tokens, choices).dispatch)
-    return sent * exchange.ranks / (exchange.ranks - 1) if sent else tokens * choices
+    return sum(cost(exchange, tokens, choices).dispatch) * exchange.ranks / (exchange.ranks - 1)
 
 
 def computed_rows(exchange: Strategy, tokens: int, choices: int) -> float:

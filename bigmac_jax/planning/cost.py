@@ -94,6 +94,7 @@ def make_job(config: Config, sizes: Sizes, hardware: Hardware, topology: Torus |
         ours=True,
         causal=execution.attention != "xla",
         forward_passes=counts.forward_passes(config),
+        to_logits=counts.passes_to_logits(config),
         again=recomputed(config),
         padding=padding,
         imbalance=imbalance,
@@ -129,15 +130,17 @@ def flops_outside_kernels(config: Config) -> float:
     """FLOPs of a step's matrix products, but for those in kernels on TPU and GPU: of experts, whose rows stand as they
     come, and of attention's scores. `hlo_flops` finds as many in the compiled program (docs/hybrid.md).
 
-    They are three forward passes, a fourth where loads are counted first, and what gradients need again; beside what
-    `recomputed` leaves out, that is not the last product of a layer, whose result is only added. A chunk of Mamba-2's
-    scan computes both halves of its scores, of which `Shape.scan_flops` counts the one that is used.
+    They are three forward passes, one more where loads are counted first and one of DPO's reference, and what
+    gradients need again; beside what `recomputed` leaves out, that is not the last product of a layer, whose result is
+    only added. A chunk of Mamba-2's scan computes both halves of its scores, of which `Shape.scan_flops` counts the one
+    that is used.
     """
-    shape, m, again, forward = Shape.of(config), config.model, recomputed(config), counts.forward_passes(config)
+    shape, m, again = Shape.of(config), config.model, recomputed(config)
+    forward, to_logits = counts.forward_passes(config), counts.passes_to_logits(config)
     found, last = 0.0, dict[str, float]()
     for part, X, Y, times, _ in shape.products():
         if part != "experts":
-            found += X * Y * times * passes_of(part, forward, again)
+            found += X * Y * times * passes_of(part, forward, to_logits, again)
             last[part] = X * Y if again.get(part) == 1.0 else 0
     if "gate" in m.latent_norms:  # a factor of what is added
         last["projections"] = 0
@@ -146,7 +149,7 @@ def flops_outside_kernels(config: Config) -> float:
     scan = 0.0
     if (b := shape.mamba) is not None:
         both_halves = shape.scan_flops() + b.layers * b.chunk * (b.groups * b.state + b.inner)
-        scan = both_halves * passes_of("mamba", forward, again)
+        scan = both_halves * passes_of("mamba", forward, to_logits, again)
     return (2 * found + scan) * config.data.batch_size * config.data.sequence_length
 
 

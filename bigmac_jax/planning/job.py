@@ -58,7 +58,7 @@ class Job:
       grouped: experts' rows are moved to where the experts read them, not multiplied by a table of ones and zeros.
       eight_bit: products are in 8 bits where that is usual.
       causal: attention leaves out what the mask hides.
-      forward_passes: of all but logits.
+      forward_passes, to_logits: forward passes, and those of them whose logits are computed.
       again: the share of each part's forward pass that is recomputed; also of "scores" and of "passes" over memory.
       padding: rows that experts multiply over rows that hold a token.
       imbalance: the busiest expert rank's rows over the mean.
@@ -88,6 +88,7 @@ class Job:
     grouped: bool = True
     causal: bool = True
     forward_passes: float = 1.0
+    to_logits: float = 1.0
     again: Mapping[str, float] = field(default_factory=dict)
     padding: float = 1.0
     imbalance: float = 1.0
@@ -234,13 +235,13 @@ def predict(job: Job, hardware: Hardware) -> Times:
     )
 
 
-def passes_of(part: str, forward: float, again: Mapping[str, float]) -> float:
-    """Times that a step goes through a part's products. Loads are counted before the output, so it runs forward once.
+def passes_of(part: str, forward: float, to_logits: float, again: Mapping[str, float]) -> float:
+    """Times that a step goes through a part's products.
 
     Args:
-      forward, again: as `Job.forward_passes` and `Job.again`.
+      forward, to_logits, again: as `Job.forward_passes`, `Job.to_logits` and `Job.again`.
     """
-    return (1.0 if part == "output" else forward) + again.get(part, 0.0) + BACKWARD
+    return (to_logits if part == "output" else forward) + again.get(part, 0.0) + BACKWARD
 
 
 def product_seconds(job: Job, hardware: Hardware) -> dict[str, float]:
@@ -249,7 +250,7 @@ def product_seconds(job: Job, hardware: Hardware) -> dict[str, float]:
     seconds: dict[str, float] = {}
     for product in job.shape.products():
         part = product.part
-        passes = passes_of(part, job.forward_passes, job.again)
+        passes = passes_of(part, job.forward_passes, job.to_logits, job.again)
         eight_bit = job.eight_bit and part in EIGHT_BIT_PARTS
         rate = hardware.peak(job.dtype, eight_bit) * hardware.matmul_efficiency
         if part == "experts":

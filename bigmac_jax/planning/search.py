@@ -156,7 +156,7 @@ def _spare_first_pass(config: Config, found: Sequence[Candidate], machine: Machi
     by_part = [
         replace(c, config=replace(c.config, model=replace(c.config.model, balance_scope="part")))
         for c in found
-        if c.fits and counts.forward_passes(c.config) > 1
+        if c.fits and counts.counts_loads(c.config)
     ]
     best = min((replace(c, times=_times(c, machine)) for c in by_part), key=_rank, default=found[0])
     if _rank(best) >= _rank(found[0]):

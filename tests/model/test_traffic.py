@@ -11,11 +11,14 @@ import subprocess
 import sys
 from dataclasses import replace
 
+import jax
 import jax.numpy as jnp
 import pytest
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
 
 from bigmac_jax.config import Config, TrainConfig
-from bigmac_jax.model.exchange import STRATEGIES
+from bigmac_jax.model.exchange import STRATEGIES, Hierarchical
 from bigmac_jax.model.exchange.costs import cost, wire_bytes
 from bigmac_jax.model.mesh import current_group, make_mesh
 from bigmac_jax.model.traffic import exchange_traffic
@@ -75,6 +78,37 @@ def test_wire_bytes_are_the_programs(name: str, factor: float) -> None:
     assert payload == wire_bytes(strategy, TOKENS, 8, 128)
     assert metadata == sum(cost(strategy, TOKENS, 8).metadata)
     assert wire_bytes(STRATEGIES[name](64, (1, 1), factor, ("node", "expert")), TOKENS, 8, 128) == 0
+
+
+def test_what_found_no_room_is_told_in_bytes_that_are_counted() -> None:
+    """Over two hops, in rounds: which of a row's choices the second hop had no room for goes back over the first."""
+    sizes, factor = (2, 4), float("inf")
+    rows, choices = 512, 8
+    told, untold = (Hierarchical(64, sizes, factor, ("node", "expert"), buffer_factor=f) for f in (1.5, float("inf")))
+
+    def metadata(exchange: Hierarchical) -> int:
+        """Bytes that a rank sends beside rows, in the traced plan and dispatch."""
+        x, experts, gates = jnp.zeros((rows, 16)), jnp.zeros((rows, choices), jnp.int32), jnp.zeros((rows, choices))
+
+        def there(*given: jax.Array) -> jax.Array:
+            x_TR, expert_TK, gate_TK = given
+            plan = exchange.plan(expert_TK)
+            return exchange.dispatch(plan, x_TR, gate_TK)[0] + (0 if plan.left_TK is None else plan.left_TK.sum())
+
+        over = P(("node", "expert"))
+        with jax.set_mesh(jax.make_mesh(sizes, ("node", "expert"), axis_types=(AxisType.Explicit,) * 2)):
+            given = [jax.device_put(v, over) for v in (x, experts, gates)]
+            operands = all_to_alls(jax.make_jaxpr(jax.shard_map(there, out_specs=over))(*given).jaxpr)
+        # One operand a collective, whose first dimension is of the ranks that it goes to.
+        return sum(
+            (shape[0] - 1) * math.prod(shape[1:]) * jnp.dtype(dtype).itemsize
+            for dtype, shape in operands
+            if shape[-1] != 16
+        )
+
+    for exchange in (told, untold):
+        assert metadata(exchange) == sum(cost(exchange, rows // 8, choices).metadata)
+    assert untold.dropless and not untold.in_rounds and told.in_rounds
 
 
 @pytest.mark.parametrize(

@@ -108,12 +108,17 @@ def _(exchange: Dedup, tokens: int, choices: int) -> Cost:
         reached = exchange.num_experts // hop.experts  # destinations that share the experts, and the tokens they serve
         return expected_rows(tokens * reached // hop.ranks, choices, exchange.num_experts, reached)
 
+    def metadata(hop: Hop) -> int:
+        """Experts and gates, and in rounds what a hop before another one is told that found no room behind it."""
+        told = exchange.in_rounds and hop is not hops[-1]
+        return hop.capacity * (hop.metadata_bytes(choices) + told * min(choices, hop.experts))
+
     rows = over_hops(lambda hop: hop.capacity)
     return Cost(
         rows,
         rows,
         over_hops(expected),
-        metadata=over_hops(lambda hop: hop.capacity * hop.metadata_bytes(choices)),
+        metadata=over_hops(metadata),
         metadata_gradient=over_hops(lambda hop: hop.capacity * hop.gate_bytes(choices)),
         # In each hop experts, rows, gates, and rows back; in rounds a hop before another one is told what is left.
         collectives=4 * len(hops) + (len(hops) - 1 if exchange.in_rounds else 0),
