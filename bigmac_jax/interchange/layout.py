@@ -139,8 +139,12 @@ def check_json(checkpoint: Checkpoint, values: Mapping[str, Any], **wanted: Any)
 
 
 def fill_json(values: dict[str, Any], defaults: dict[str, Any], other_names: dict[str, str]) -> dict[str, Any]:
-    """The fields of config.json by their present names, with the class's own defaults."""
-    return defaults | {other_names.get(name, name): value for name, value in values.items() if value is not None}
+    """The fields of config.json by their present names, with the class's own defaults. Of a field that a file has under
+    both names, the other one counts, as in the class; but dtype counts before torch_dtype."""
+    given = {name: value for name, value in values.items() if value is not None}
+    dtype = {"dtype": given["torch_dtype"]} if "torch_dtype" in given else {}
+    others = {name: given[other] for other, name in other_names.items() if other in given}
+    return defaults | dtype | given | others
 
 
 def common_json(config: Config) -> dict[str, Any]:

@@ -42,9 +42,8 @@ _DEFAULTS: dict[str, Any] = {
     "num_nextn_predict_layers": 0, "mtp_layers_block_type": None, "mtp_hybrid_override_pattern": None,
 }  # fmt: skip
 _OTHER_NAMES = {
-    "num_local_experts": "n_routed_experts", "layer_types": "layers_block_type", "torch_dtype": "dtype",
-    "mamba_n_groups": "n_groups", "mamba_d_conv": "conv_kernel", "mamba_conv_bias": "use_conv_bias",
-    "mamba_dt_min": "time_step_min",
+    "num_local_experts": "n_routed_experts", "layer_types": "layers_block_type", "mamba_n_groups": "n_groups",
+    "mamba_d_conv": "conv_kernel", "mamba_conv_bias": "use_conv_bias", "mamba_dt_min": "time_step_min",
 }  # fmt: skip
 _MTP_BLOCKS = "*E"  # the class's own, where a config.json has modules and no blocks
 _KINDS = {"*": "full_attention", "M": "linear_attention", "E": "moe", "-": "mlp"}

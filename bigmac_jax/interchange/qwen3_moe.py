@@ -17,7 +17,7 @@ _DEFAULTS: dict[str, Any] = {
     "decoder_sparse_step": 1, "mlp_only_layers": [], "moe_intermediate_size": 768, "num_experts_per_tok": 8,
     "num_experts": 128, "norm_topk_prob": False, "rope_theta": 10_000.0, "dtype": "float32",
 }  # fmt: skip
-_OTHER_NAMES = {"num_local_experts": "num_experts", "torch_dtype": "dtype"}
+_OTHER_NAMES = {"num_local_experts": "num_experts"}
 
 
 def find_obstacles(config: ModelConfig) -> list[str]:
@@ -91,7 +91,7 @@ def to_json(config: Config, leaves: Leaves) -> dict[str, Any]:
 
 def from_json(values: dict[str, Any], checkpoint: Checkpoint) -> Config:
     v = layout.fill_json(values, _DEFAULTS, _OTHER_NAMES)
-    rope = v.get("rope_parameters") or v.get("rope_scaling") or {}
+    rope = v.get("rope_scaling") or v.get("rope_parameters") or {}  # the class reads one of them, this one first
     v |= {"rope_theta": rope.get("rope_theta", v["rope_theta"])}
     v |= {"rope_type": rope.get("rope_type", rope.get("type", "default"))}
     activations = {theirs: ours for ours, theirs in ACTIVATIONS.items()}

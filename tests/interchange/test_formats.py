@@ -418,3 +418,13 @@ def test_defaults_of_published_classes() -> None:
     assert (qwen["num_experts"], qwen["moe_intermediate_size"], qwen["num_hidden_layers"]) == (128, 768, 24)
     assert (nemotron["max_position_embeddings"], qwen["max_position_embeddings"]) == (4096, 32768)
     assert nemotron["norm_topk_prob"] and not qwen["norm_topk_prob"]
+
+
+def test_a_field_under_both_its_names() -> None:
+    """test_transformers.py compares with the classes, where these are installed."""
+    values = {"mamba_dt_min": 0.1, "time_step_min": 0.2, "torch_dtype": "float32", "dtype": "bfloat16"}
+    for given in (values, dict(reversed(values.items()))):
+        found = layout.fill_json(given, nemotron_h._DEFAULTS, nemotron_h._OTHER_NAMES)
+        assert (found["time_step_min"], found["dtype"]) == (0.1, "bfloat16")
+    found = layout.fill_json({"torch_dtype": "bfloat16", "time_step_min": 0.2}, nemotron_h._DEFAULTS, {})
+    assert (found["time_step_min"], found["dtype"]) == (0.2, "bfloat16")

@@ -3,18 +3,20 @@
 Needs the extra `hf`.
 """
 
+import copy
 import pathlib
+import types
 from typing import Any
 
 import numpy as np
 import pytest
 from model.tools import on_mesh, random_model
 
-from bigmac_jax.config import DataConfig
+from bigmac_jax.config import ConfigError, DataConfig
 from bigmac_jax.data.chat_template import Chat
 from bigmac_jax.data.corpus import open_documents
 from bigmac_jax.data.tokenizer import ByteTokenizer, JsonTokenizer, Tokenizer, train_bpe
-from bigmac_jax.interchange import export_model, import_model, nemotron_h, qwen3_moe
+from bigmac_jax.interchange import export_model, import_model, layout, nemotron_h, qwen3_moe
 
 from .test_formats import CHATML
 from .tools import CLASSES, MODELS, config_of, our_logits, with_special_tokens
@@ -160,3 +162,50 @@ def test_fields_that_a_config_leaves_out_are_as_in_the_class(ours: Any, theirs: 
     assert {name: getattr(config, name) for name in ours._DEFAULTS.keys() - others} == {
         name: value for name, value in ours._DEFAULTS.items() if name not in others
     }
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs", "values"),
+    [
+        (qwen3_moe, "Qwen3MoeConfig", {"num_local_experts": 4, "num_experts": 8}),
+        (nemotron_h, "NemotronHConfig", {"num_local_experts": 4, "n_routed_experts": 8}),
+        (nemotron_h, "NemotronHConfig", {"layer_types": ["moe"], "layers_block_type": ["mlp"]}),
+        (nemotron_h, "NemotronHConfig", {"mamba_n_groups": 2, "n_groups": 4}),
+        (nemotron_h, "NemotronHConfig", {"mamba_d_conv": 2, "conv_kernel": 3}),
+        (nemotron_h, "NemotronHConfig", {"mamba_conv_bias": False, "use_conv_bias": True}),
+        (nemotron_h, "NemotronHConfig", {"mamba_dt_min": 0.1, "time_step_min": 0.2}),
+        (nemotron_h, "NemotronHConfig", {"torch_dtype": "float32", "dtype": "bfloat16"}),
+    ],
+)
+def test_a_field_under_both_its_names_is_as_in_the_class(ours: Any, theirs: str, values: dict[str, Any]) -> None:
+    name = list(values)[1]
+    for given in (values, dict(reversed(values.items()))):
+        expected = getattr(getattr(transformers, theirs).from_dict(dict(given)), name)
+        found = layout.fill_json(given, ours._DEFAULTS, ours._OTHER_NAMES)[name]
+        assert found == (str(expected).removeprefix("torch.") if name == "dtype" else expected)
+
+
+PLAIN = {"rope_type": "default", "rope_theta": 7.0}
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"rope_parameters": PLAIN, "rope_theta": 9.0},
+        {"rope_parameters": PLAIN, "rope_scaling": {"type": "yarn", "factor": 4.0}},
+        {"rope_parameters": PLAIN, "rope_scaling": {"type": "default"}},
+        {"rope_parameters": PLAIN, "rope_scaling": {"type": "default"}, "rope_theta": 9.0},
+        {"rope_parameters": {"rope_type": "yarn", "factor": 4.0}, "rope_scaling": {"type": "default"}},
+        {"rope_parameters": PLAIN, "rope_scaling": {}, "rope_theta": 9.0},
+        {"rope_scaling": {"type": "yarn", "rope_type": "default"}},
+        {"rope_theta": 9.0},
+    ],
+)
+def test_rotary_positions_are_those_of_the_class(values: dict[str, Any], tmp_path: pathlib.Path) -> None:
+    theirs = transformers.Qwen3MoeConfig.from_dict(copy.deepcopy(values)).rope_parameters
+    checkpoint: Any = types.SimpleNamespace(directory=tmp_path)
+    if theirs["rope_type"] != "default":
+        with pytest.raises(ConfigError, match=f"rope_type={theirs['rope_type']} must be default"):
+            qwen3_moe.from_json(values, checkpoint)
+    else:
+        assert qwen3_moe.from_json(values, checkpoint).model.rope_theta == theirs["rope_theta"]
