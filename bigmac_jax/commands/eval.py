@@ -143,6 +143,7 @@ def _score_tasks(trained: Trained, jobs: list[Job]) -> Outcome:
 
 def _score_texts(trained: Trained, streams: Streams) -> Outcome:
     workdir, config, _, length, rows = trained
+    hosts.check_same({f"the text of {name}": stream.text[:12] for name, stream in streams.items()})
     model = _read_model(trained, _STEP.value)
     if has_own_sources(config, _SOURCES.value) if _SOURCES.value else not _TEXT_FILE.value:
         say_data_place(workdir, config, _SPLIT.value)

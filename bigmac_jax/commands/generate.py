@@ -14,7 +14,7 @@ from absl import flags
 from bigmac_jax.commands import cli, decoding_flags
 from bigmac_jax.config import ConfigError, strict_json, with_mesh
 from bigmac_jax.inference import Completion, Generator, Request, Sampling
-from bigmac_jax.inference.requests import Row, check_output, make_answer, open_output, read_requests
+from bigmac_jax.inference.requests import Row, check_output, make_answer, open_output, read_requests, share_requests
 from bigmac_jax.runtime import hosts
 from bigmac_jax.runtime.clock import clock
 from bigmac_jax.runtime.progress import Progress, Waiting
@@ -55,6 +55,8 @@ def main() -> None:
         if hosts.is_first():
             check_output(_OUTPUT.value, _PROMPTS.value if prompt is None else "-")
     cli.agree(config, __name__)
+    if prompt is None:
+        requests = share_requests(_PROMPTS.value, requests, sampling)
     with Waiting("reading the model", _is_quiet()):
         generator = decoding_flags.load_generator(workdir, config, speculate)
     if prompt is not None and not _JSON.value:

@@ -2,6 +2,8 @@
 
 import abc
 import collections
+import functools
+import hashlib
 import logging
 import os
 import pathlib
@@ -30,6 +32,7 @@ class TokenStream(abc.ABC):
 
     counts: Counts
     eos_id: int  # the end-of-text token; -1 without one
+    text: str  # the fingerprint of its documents
 
     def tokens(self, start: int, stop: int) -> np.ndarray:
         """Tokens `start` to `stop`, int32 [stop - start]."""
@@ -51,12 +54,16 @@ class MemoryStream(TokenStream):
     def __init__(self, tokens: np.ndarray, counts: Counts, eos_id: int = -1):
         self._tokens, self.counts, self.eos_id = tokens, counts, eos_id
 
+    @functools.cached_property
+    def text(self) -> str:  # type: ignore[override]
+        return hashlib.sha256(self._tokens.tobytes()).hexdigest()
+
     def _read(self, start: int, stop: int) -> np.ndarray:
         return self._tokens[start:stop].astype(np.int32)
 
 
 class JoinedStream(TokenStream):
-    """Streams one behind the other, by name; `text` is the fingerprint of all their documents."""
+    """Streams one behind the other, by name."""
 
     def __init__(self, parts: "dict[str, CachedStream]"):
         self.parts, self.counts = parts, Counts()
@@ -76,7 +83,7 @@ class JoinedStream(TokenStream):
 
 
 class CachedStream(TokenStream):
-    """A stream on disk; `text` is the fingerprint of its documents. It can be pickled, and read from several threads.
+    """A stream on disk. It can be pickled, and read from several threads.
     Shards are opened, or fetched from an object store, when they are first read."""
 
     def __init__(self, store: ShardStore, index: dict[str, Any], text: str, eos_id: int):

@@ -3,6 +3,7 @@
 import codecs
 import contextlib
 import dataclasses
+import hashlib
 import json
 import sys
 from collections.abc import Iterator
@@ -12,7 +13,7 @@ from bigmac_jax.config import ConfigError
 from bigmac_jax.config.objects import is_too_deep
 from bigmac_jax.inference.generator import Completion, Request
 from bigmac_jax.inference.sampling import Sampling
-from bigmac_jax.runtime import storage
+from bigmac_jax.runtime import hosts, storage
 
 Row = dict[str, Any]
 # A line's answer has log-probabilities of its own tokens alone.
@@ -48,12 +49,16 @@ def _refuse_constant(name: str) -> None:
 def read_requests(source: str, sampling: Sampling) -> list[tuple[Row, Request]]:
     """Reads a file of JSON lines, or standard input (`-`) → each line's object and its request.
 
+    Of several processes the first alone has a standard input; `share_requests` gives the others what it held.
+
     Args:
       sampling: settings where a line has none of its own.
 
     Raises:
       ConfigError: no such file, or a line that is no request; the message names it.
     """
+    if source == "-" and not hosts.is_first():
+        return []
     name = "standard input" if source == "-" else f"--prompts={source}"
     try:
         content = sys.stdin.buffer.read() if source == "-" else storage.locate(source, "--prompts").read_bytes()
@@ -70,13 +75,31 @@ def read_requests(source: str, sampling: Sampling) -> list[tuple[Row, Request]]:
         if not isinstance(row, dict) or not isinstance(row.get("prompt"), str):
             raise ConfigError(f'{name}, line {number} must be an object with a text "prompt"; fix it')
         try:
-            own = dataclasses.replace(sampling, **{field: row[field] for field in _FIELDS if field in row})
+            requests.append((row, _make_request(row, sampling)))
         except ConfigError as error:
             raise ConfigError(f"{name}, line {number}: {error}") from None
-        requests.append((row, Request(row["prompt"], own)))
     if not requests:
         raise ConfigError(f'{name} holds no prompt; give an object with "prompt" a line')
     return requests
+
+
+def share_requests(source: str, requests: list[tuple[Row, Request]], sampling: Sampling) -> list[tuple[Row, Request]]:
+    """What `read_requests` gave, the same in all processes: a standard input is the first one's, a file is compared.
+    Waits for the last process.
+
+    Raises:
+      ConfigError: in all processes, where one has read other prompts.
+    """
+    rows = [row for row, _ in requests]
+    if source == "-":
+        return [(row, _make_request(row, sampling)) for row in hosts.broadcast(rows)]
+    hosts.check_same({"the prompts": hashlib.sha256(repr(rows).encode()).hexdigest()[:12]})
+    return requests
+
+
+def _make_request(row: Row, sampling: Sampling) -> Request:
+    own = dataclasses.replace(sampling, **{field: row[field] for field in _FIELDS if field in row})
+    return Request(row["prompt"], own)
 
 
 def make_answer(row: Row, request: Request, completion: Completion) -> Row:

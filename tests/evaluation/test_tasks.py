@@ -9,16 +9,19 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from threads_as_processes import run_as_processes
 from training.tools import ROOT
 
+from bigmac_jax.commands import eval as eval_command
 from bigmac_jax.config import Config, ConfigError, DataConfig
+from bigmac_jax.data.pipeline import text_stream
 from bigmac_jax.data.tokenizer import ByteTokenizer
 from bigmac_jax.evaluation.loglikelihood import Result
 from bigmac_jax.evaluation.tasks.definitions import TASKS, Needle, Task, load_task
 from bigmac_jax.evaluation.tasks.examples import Example, build_examples
 from bigmac_jax.evaluation.tasks.needle import build_needles, draw_needles
 from bigmac_jax.evaluation.tasks.scores import judge, summarise
-from bigmac_jax.evaluation.tasks.task_jobs import describe_scores, open_jobs
+from bigmac_jax.evaluation.tasks.task_jobs import describe_scores, open_jobs, score_jobs
 from bigmac_jax.evaluation.tasks.task_rows import read_rows
 
 CONFIG = Config(data=DataConfig(tokenizer="bytes"))
@@ -262,6 +265,23 @@ def test_bad_input_is_one_line(tmp_path: pathlib.Path, name: str) -> None:
     with pytest.raises(ConfigError) as error:
         open_jobs(tasks, data, 0, CONFIG, ByteTokenizer(), 512)
     assert line in str(error.value) and "\n" not in str(error.value)
+
+
+def test_processes_score_the_same(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file of rows, or a text, that another process has otherwise is an error, before the model is used."""
+
+    def score(process: int) -> Any:
+        file = write(tmp_path, f"{process}.jsonl", [{"goal": "g", "sol1": f"s{process}", "sol2": "b", "label": 0}])
+        jobs = open_jobs(["piqa"], [f"piqa={file}"], 0, Config(), ByteTokenizer(), 64)
+        return score_jobs(jobs, None, ByteTokenizer(), tmp_path, "", 64, 1)  # type: ignore[arg-type]
+
+    def score_text(process: int) -> Any:
+        trained = eval_command.Trained(tmp_path, Config(), ByteTokenizer(), 64, 1)
+        return eval_command._score_texts(trained, {"notes.txt": text_stream(f"text {process}", ByteTokenizer())})
+
+    for work, name in ((score, "the rows of piqa"), (score_text, "the text of notes.txt")):
+        for error in run_as_processes(monkeypatch, 2, work):
+            assert f"process 1 was started with {name}=" in str(error)
 
 
 def test_own_task(tmp_path: pathlib.Path) -> None:

@@ -11,6 +11,7 @@ import jax
 import numpy as np
 import pytest
 from model.tools import abstract_model, on_mesh, random_model, split_tokens, tiny
+from threads_as_processes import run_as_processes
 from training.tools import text
 
 from bigmac_jax.config import Config, ConfigError
@@ -19,7 +20,7 @@ from bigmac_jax.inference import Completion, Generator, Request, Sampling
 from bigmac_jax.inference.decoding import DecodePrograms, make_decode_programs, round_up_length
 from bigmac_jax.inference.generator import _fits_gathered
 from bigmac_jax.inference.kv_cache import make_decoder
-from bigmac_jax.inference.requests import check_output, make_answer, open_output, read_requests
+from bigmac_jax.inference.requests import check_output, make_answer, open_output, read_requests, share_requests
 
 LENGTH, NEW = 48, 12
 WORDS = text(1, seed=2)[0]
@@ -246,6 +247,29 @@ def test_bad_requests_of_a_file(tmp_path: pathlib.Path, content: bytes, message:
     file.write_bytes(content)
     with pytest.raises(ConfigError, match=message):
         read_requests(str(file), Sampling())
+
+
+def test_processes_complete_the_same_prompts(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A standard input is that of process 0; another one's file with other prompts, as many, is an error."""
+    rows = [f'{{"prompt": "{name}", "max_tokens": 2}}\n' for name in "ab"]
+    for process in range(2):
+        (tmp_path / f"{process}").write_text("".join(rows))
+
+    def read(process: int, source: str) -> Any:
+        return share_requests(source, read_requests(source, Sampling(top_k=3)), Sampling(top_k=3))
+
+    stdin = SimpleNamespace(buffer=(tmp_path / "0").open("rb"))
+    monkeypatch.setattr("sys.stdin", stdin)
+    requests = [Request(name, Sampling(max_tokens=2, top_k=3)) for name in "ab"]
+    for given in run_as_processes(monkeypatch, 2, lambda process: read(process, "-")):
+        assert [request for _, request in given] == requests
+    files = [run_as_processes(monkeypatch, 2, lambda process: read(process, str(tmp_path / f"{process}")))]
+    (tmp_path / "1").write_text("".join(reversed(rows)))
+    files += [run_as_processes(monkeypatch, 2, lambda process: read(process, str(tmp_path / f"{process}")))]
+    for given in files[0]:
+        assert [request for _, request in given] == requests
+    for error in files[1]:
+        assert "process 1 was started with the prompts=" in str(error)
 
 
 def test_files_that_are_not_there(tmp_path: pathlib.Path) -> None:

@@ -1,13 +1,11 @@
 """Several real processes (gloo, loopback): the same numbers as one, and an end whatever happens to one of them."""
 
-import concurrent.futures
 import json
 import os
 import pathlib
 import re
 import shutil
 import signal
-import threading
 import time
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -19,6 +17,7 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from model.tools import assert_close, leaves
+from threads_as_processes import run_as_processes
 
 from bigmac_jax.config import Config, ConfigError, load_config
 from bigmac_jax.model.mesh import make_mesh
@@ -305,28 +304,11 @@ def test_a_process_reads_the_rows_its_devices_hold(spec: P, expected: Sequence[i
 )
 def test_processes_compare_their_fields(other: Any, said: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Three, which are threads here; the third has the values of the first."""
-    own = threading.local()
-    barrier, messages = threading.Barrier(3), [np.zeros(0)] * 3
 
-    def process_allgather(message: np.ndarray) -> np.ndarray:
-        messages[own.process] = message
-        barrier.wait(10)
-        gathered = np.stack(messages)
-        barrier.wait(10)
-        return gathered
+    def compare(process: int) -> None:
+        hosts.check_same({"a": 1, "b": 2, "c": "x"} | (other if process == 1 else {}))
 
-    def compare(process: int) -> str:
-        own.process = process
-        try:
-            hosts.check_same({"a": 1, "b": 2, "c": "x"} | (other if process == 1 else {}))
-        except ConfigError as error:
-            return str(error)
-        return ""
-
-    monkeypatch.setattr(hosts, "is_distributed", lambda: True)
-    monkeypatch.setattr(hosts.multihost_utils, "process_allgather", process_allgather)
-    with concurrent.futures.ThreadPoolExecutor(3) as pool:
-        answers = list(pool.map(compare, range(3)))
+    answers = [str(error or "") for error in run_as_processes(monkeypatch, 3, compare)]
     assert len(set(answers)) == 1 and answers[0].startswith(said) and bool(answers[0]) == bool(said)
 
 

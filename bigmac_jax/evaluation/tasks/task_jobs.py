@@ -121,7 +121,12 @@ def score_jobs(
       identity: of the model, such as a digest of its checkpoint; scores of another one in `folder` are not used.
       stride: of the windows of perplexity tasks (`loglikelihood.cut_windows`).
       quiet: no progress bars.
+
+    Raises:
+      ConfigError: in all processes, where one has read other rows.
     """
+    if hosts.is_distributed():
+        hosts.check_same({f"the rows of {job.task.name}": _digest(job) for job in jobs})
     computed = f"{_VERSION} {identity} {platform()} {model.config.execution}"
     model_key = hashlib.sha256(computed.encode()).hexdigest()[:16]
     summaries = {}
@@ -140,6 +145,11 @@ def score_jobs(
         if hosts.is_first():
             _write(job, rows, summaries[task.name], folder)
     return summaries
+
+
+def _digest(job: Job) -> str:
+    """A digest of what the model is given for a task."""
+    return hashlib.sha256(repr((job.requests, job.prompts)).encode()).hexdigest()[:12]
 
 
 def _write(job: Job, rows: Sequence[dict[str, Any]], summary: Summary, folder: pathlib.Path) -> None:
