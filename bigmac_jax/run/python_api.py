@@ -35,7 +35,8 @@ def train(config: Config, workdir: str | os.PathLike[str]) -> loop.Result:
 
 
 def metrics(workdir: str | os.PathLike[str]) -> dict[str, np.ndarray]:
-    """Reads what a run has logged, even while it goes on: a row for each step that was logged, a column for each name.
+    """Reads what a run has logged, even while it goes on: a row for each step that was logged, evaluated or scored by
+    tasks, a column for each name.
 
     Rows are in order of their steps. What a step did not log is NaN (evaluations, for most steps), and so is what was
     not finite. `moe/load` is [rows, layers, experts]. Steps that were skipped or rewound are not among them.
@@ -45,7 +46,7 @@ def metrics(workdir: str | os.PathLike[str]) -> dict[str, np.ndarray]:
     """
     rows: dict[int, dict[str, Any]] = {}
     for record in read_records(locate(workdir, "workdir")):
-        if "loss" in record or "eval/loss" in record:
+        if not record.keys().isdisjoint(("loss", "eval/loss")) or any(name.startswith("tasks/") for name in record):
             rows.setdefault(record["step"], {}).update(record)
     if not rows:
         raise ConfigError(f"workdir={workdir} has logged no step in metrics.jsonl; train there first")

@@ -136,11 +136,11 @@ def _open_models(config: Config, workdir: pathlib.Path) -> tuple[bool, Models]:
         resumed = has_run(workdir)
         saved = read_config(workdir) if resumed else config
         check_resume(saved, config)
-        # A run that has a checkpoint of all parameters does not look back at the model that it began with.
+        # A run that goes on from a checkpoint of all parameters does not look back at the model that it began with.
         moved = pretrained.with_absolute_places(saved).train.init_from != config.train.init_from
-        needed = (
-            config.tuning.lora_rank or config.tuning.objective == "dpo" or moved or not manifest.list_steps(workdir)
-        )
+        saves = (workdir / "checkpoints" / str(step) for step in manifest.list_steps(workdir))
+        begins = all(map(manifest.is_stripped, saves))
+        needed = config.tuning.lora_rank or config.tuning.objective == "dpo" or moved or begins
     origin = pretrained.open_init_from(workdir, config) if config.train.init_from and needed else None
     return resumed, Models(origin, open_teacher(workdir, config) if config.tuning.teacher else None)
 

@@ -228,7 +228,7 @@ class Checkpoints:
 
         def newest() -> int | None:
             found = reversed(self._folder.list_steps())
-            return next((number for number in found if not self._is_stripped(number)), None)
+            return next((number for number in found if not manifest.is_stripped(self._folder.of(number))), None)
 
         while (step := hosts.run_on_first(newest)) is not None:
             try:
@@ -240,12 +240,6 @@ class Checkpoints:
             hosts.run_on_first(self._folder.refuse_to_start_over)
         self._manager.reload()
         return step
-
-    def _is_stripped(self, step: int) -> bool:
-        """Whether the experts alone are left of a save; one whose manifest is damaged is looked at by `_check`."""
-        split = self._turns.get(step, WHOLE).splits_all
-        items = manifest.list_items(self._folder.of(step)) if split else set()
-        return bool(items) and "model" not in items
 
     def holds_all(self, step: int) -> bool:
         """Whether a checkpoint holds every expert."""

@@ -59,13 +59,13 @@ class WandB:
         self._run: Any = None
         # wandb's own last lines name `folder`, which is removed where it is a copy: they are left out there.
         self._kept = workdir / "wandb" if folder != workdir else None
-        self._try(lambda: self._open(folder, project))
+        self._try(lambda: self._open(folder, project, workdir / "config.json"))
 
-    def _open(self, folder: pathlib.Path, project: str) -> None:
+    def _open(self, folder: pathlib.Path, project: str, config: pathlib.Path) -> None:
         import wandb
 
         (folder / "wandb").mkdir(parents=True, exist_ok=True)
-        file, config = folder / "wandb" / "id", folder / "config.json"
+        file = folder / "wandb" / "id"
         if not file.exists():
             file.write_text(secrets.token_hex(4))
         self._run = wandb.init(

@@ -100,6 +100,13 @@ def list_items(directory: pathlib.Path) -> set[str]:
         return set()
 
 
+def is_stripped(directory: pathlib.Path) -> bool:
+    """Whether the experts alone are left of a save (`partial_checkpoint`), from which no run goes on; of one whose
+    manifest is damaged that is not known."""
+    items = list_items(directory)
+    return bool(items) and "model" not in items
+
+
 def remove_items(directory: pathlib.Path, items: Collection[str]) -> None:
     """Removes items of a checkpoint, from the manifest first; one whose removal was interrupted can be asked again."""
     entries = json.loads((directory / NAME).read_bytes())

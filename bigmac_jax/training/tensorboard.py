@@ -24,7 +24,9 @@ class TensorBoard:
         self._writer: RecordWriter | None = None
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            self._writer = RecordWriter(f"{folder}/events.out.tfevents.{time.time():.0f}.{socket.gethostname()}")
+            # A run that goes back opens another file, maybe in the same second: it would empty one of the same name.
+            name = f"events.out.tfevents.{time.time():.0f}.{socket.gethostname()}.{time.monotonic_ns()}"
+            self._writer = RecordWriter(str(folder / name))
         except OSError as error:
             _log.warning("%s cannot be written (%s): there is nothing for TensorBoard", folder, error.strerror)
         self._write(file_version="brain.Event:2")

@@ -31,7 +31,7 @@ def test_a_run_and_its_record(tmp_path: pathlib.Path) -> None:
 
 
 def test_columns_of_a_record(tmp_path: pathlib.Path) -> None:
-    """Events are no rows, what is not finite is NaN, a step's two records are one row."""
+    """Events and starts are no rows, what is not finite is NaN, a step's records are one row."""
     with pytest.raises(ConfigError, match=r"has logged no step in metrics\.jsonl"):
         bigmac_jax.metrics(tmp_path)
     records = [
@@ -39,12 +39,14 @@ def test_columns_of_a_record(tmp_path: pathlib.Path) -> None:
         {"step": 1, "event": "skip", "bad/loss": 9.0},
         {"step": 2, "loss": 1},
         {"step": 2, "eval/loss": 3.0},
+        {"step": 2, "tasks/copa/accuracy": 0.5},
+        {"step": 0, "start/compile_s": 1.0},
     ]
     (tmp_path / "metrics.jsonl").write_text(
         "".join(json.dumps(record) + "\n" for record in records) + '{"step": 3, "lo'
     )
     columns = bigmac_jax.metrics(tmp_path)
-    assert list(columns) == ["step", "loss", "eval/loss"]
+    assert list(columns) == ["step", "loss", "eval/loss", "tasks/copa/accuracy"]
     np.testing.assert_array_equal(columns["step"], [1, 2])
     np.testing.assert_array_equal(columns["loss"], [np.nan, 1])
     np.testing.assert_array_equal(columns["eval/loss"], [np.nan, 3])

@@ -15,6 +15,7 @@ from bigmac_jax.config import ConfigError, load_config
 from bigmac_jax.model.mesh import make_mesh
 from bigmac_jax.run.loop import train
 from bigmac_jax.training.metrics import MetricsWriter
+from bigmac_jax.training.tensorboard import TensorBoard
 
 from .tools import read_records, small
 
@@ -102,13 +103,19 @@ def test_of_a_copied_folder_no_line_is_left(
     """A workdir on a store is written to a folder that is gone afterwards: what is named is where it was copied to."""
     monkeypatch.setenv("WANDB_SILENT", "false")
     caplog.set_level("INFO", "bigmac_jax")
-    workdir = pathlib.Path("gs:/bucket/run")  # as a path of a store is shown, but for a slash
-    writer = MetricsWriter(tmp_path, 0, 1, "bigmac", workdir)
+    workdir, folder = tmp_path / "run", tmp_path / "copied"
+    for made in (workdir, folder):
+        made.mkdir()
+    (workdir / "config.json").write_text('{"model": {"top_k": 2}}')
+    given, init = [], wandb.init
+    monkeypatch.setattr(wandb, "init", lambda **settings: given.append(settings["config"]) or init(**settings))
+    writer = MetricsWriter(folder, 0, 1, "bigmac", workdir)
     writer.write({"step": 1, "loss": 1.0})
     writer.close()
-    (made,) = tmp_path.glob("wandb/offline-run-*")
+    (made,) = folder.glob("wandb/offline-run-*")
+    assert given == [{"model": {"top_k": 2}}]
     (line,) = [record.getMessage() for record in caplog.records if record.name.startswith("bigmac_jax")]
-    assert str(tmp_path) not in "".join(capfd.readouterr())
+    assert str(folder) not in "".join(capfd.readouterr())
     assert line == f"wandb was offline; copy {workdir}/wandb/{made.name} to a disk, then: wandb sync {made.name}"
 
 
@@ -123,6 +130,14 @@ def test_a_run_without_a_network_holds_every_record(tmp_path: pathlib.Path) -> N
     assert [found["train"]["steps"] for found in configs] == [3, 5]
     names = {name for record in read_records(workdir) for name in record}
     assert {"moe/load", "eval/loss", "memory/host_bytes"} <= names
+
+
+def test_a_file_for_tensorboard_is_no_others(tmp_path: pathlib.Path) -> None:
+    """A run that goes back opens its second one in the same second, maybe."""
+    for first_step in (0, 3):
+        TensorBoard(tmp_path, first_step).close()
+    files = sorted(tmp_path.iterdir())
+    assert len(files) == 2 and all(file.stat().st_size for file in files)
 
 
 def test_without_the_package_a_start_is_one_line(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -23,7 +23,7 @@ from bigmac_jax.data.pipeline import TrainIterator
 from bigmac_jax.model.memory import checkpoint_bytes
 from bigmac_jax.model.mesh import make_mesh
 from bigmac_jax.model.parameters import Declaration, declared
-from bigmac_jax.run import loop
+from bigmac_jax.run import loop, start
 from bigmac_jax.training import manifest
 from bigmac_jax.training.checkpoint import Checkpoints
 from bigmac_jax.training.partial_checkpoint import (
@@ -38,6 +38,7 @@ from bigmac_jax.training.partial_checkpoint import (
     read_turn,
 )
 from bigmac_jax.training.step import TrainState, make_trainer
+from bigmac_jax.training.workdir import write_config
 
 from .tools import leaves_of, read_records, session, small
 
@@ -399,6 +400,17 @@ def test_saves_behind_the_restored_one_are_set_aside(stripped: Any, caplog: pyte
     assert saved_steps(workdir / "checkpoints") == {10, 20, 25, 30}
     assert not (workdir / "checkpoints" / "20" / "model").exists()
     assert restored(checkpoints) == (30, [30, 20, 25])
+
+
+def test_a_run_without_a_whole_save_opens_the_model_that_it_began_with(stripped: Any, monkeypatch: Any) -> None:
+    config, workdir, _ = stripped
+    config = dataclasses.replace(config, train=dataclasses.replace(config.train, init_from=str(workdir / "before")))
+    write_config(config, workdir)
+    monkeypatch.setattr(start.pretrained, "open_init_from", lambda *_: "the model")
+    assert start._open_models(config, workdir) == (True, (None, None))
+    for step in (10, 30, 40):  # 20 are experts alone
+        shutil.rmtree(workdir / "checkpoints" / str(step))
+    assert start._open_models(config, workdir) == (True, ("the model", None))
 
 
 @pytest.mark.full
