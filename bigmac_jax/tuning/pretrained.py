@@ -259,10 +259,10 @@ def compare_models(origin: Pretrained, config: Config) -> list[str]:
             f"model.vocab_size={now.vocab_size} must be at least the {before.vocab_size} of train.init_from="
             f"{origin.place}; a table of tokens can only grow"
         )
-    if before.has_router_bias and before.balance != now.balance:
+    if now.is_moe and before.has_router_bias and not now.has_router_bias:
         raise ConfigError(
             f"model.balance={now.balance} would lose the router's bias of train.init_from={origin.place}; keep "
-            f"balance={before.balance}, and set balance_bias_rate=0 to leave it as it is"
+            f"balance={before.balance}, or use balance=bias with balance_bias_rate=0, which leaves it as it is"
         )
     length, length_before = config.data.sequence_length, origin.config.data.sequence_length
     context, context_before = config.context_length, origin.config.context_length

@@ -173,6 +173,24 @@ def test_differences_that_are_told(base: tuple[Config, pathlib.Path]) -> None:
     ]
 
 
+def test_a_routers_bias_stays() -> None:
+    """Whatever moves it: the fix that adapters name for model.balance=quantile is no other model."""
+    before = load_config("tiny", ["model.balance=quantile"])
+    adapters = ["train.init_from=there", "tuning.lora_rank=4"]
+    with pytest.raises(ConfigError, match="leaves the router alone; use balance=bias with balance_bias_rate=0"):
+        with_overrides(before, adapters)
+    now = with_overrides(before, [*adapters, "model.balance=bias", "model.balance_bias_rate=0"])
+    origin = Pretrained("there", "4", "", before)
+    assert compare_models(origin, now) == ["model.balance quantile → bias"]
+    assert compare_models(Pretrained("there", "4", "", now), before) == ["model.balance bias → quantile"]
+    with pytest.raises(ConfigError, match=r"=none would lose .* or use balance=bias with balance_bias_rate=0, which"):
+        compare_models(origin, with_overrides(before, ["model.balance=none"]))
+    dense = ["model.structure=dense", "model.latent_norm=none"]
+    origin = Pretrained("there", "4", "", with_overrides(before, dense))
+    assert compare_models(origin, with_overrides(before, [*dense, *adapters])) == []  # it has no router
+    assert compare_models(origin, with_overrides(before, [*dense, "model.balance=none"])) == []
+
+
 # config.json of the published Qwen3-30B-A3B, without what is a class's default.
 QWEN3_30B = {
     "head_dim": 128, "hidden_size": 2048, "max_position_embeddings": 40960, "moe_intermediate_size": 768,
