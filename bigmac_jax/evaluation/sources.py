@@ -24,7 +24,7 @@ from bigmac_jax.training.workdir import use_saved_template
 def open_sources(
     workdir: pathlib.Path, config: Config, names: Sequence[str], split: str, tokenizer: Tokenizer
 ) -> dict[str, Any]:
-    """Opens the token stream of each source, by name.
+    """Opens the token stream of each source, by its short name, or the whole one where another source has that.
 
     Args:
       names: sources of the run's mixture, `all` of them, or data sets, which are read at `split`; or files and
@@ -41,12 +41,14 @@ def open_sources(
         if own := getattr(data, f"{split}_source", ""):
             raise ConfigError(f"data.{split}_source={own} is the {split} text of all sources; leave --sources out")
         check_split(workdir, config, split)
-    streams = {}
-    for name in dict.fromkeys(n for entry in names for n in (mixed if entry == "all" else [entry])):
+    wanted = dict.fromkeys(n for entry in names for n in (mixed if entry == "all" else [entry]))
+    streams: dict[str, Any] = {}
+    for name in wanted:
         if name in mixed:
             label, setting, part, part_split = name, "data.mixture", mixed[name], split
         else:
-            label, setting = name if short_name(name) in streams else short_name(name), "--sources"
+            short, setting = short_name(name), "--sources"
+            label = name if short in {*wanted, *streams} else short
             own, part_split = ("", split) if has_splits(name) else ("-", "train")  # nothing is held out of a file
             part = dataclasses.replace(
                 data, source=name, mixture="", curriculum="", validation_source=own, test_source=own

@@ -95,6 +95,32 @@ def test_what_is_scored(tmp_path: pathlib.Path) -> None:
         open_sources(tmp_path, plain, ["nowhere"], "test", ByteTokenizer())
 
 
+@pytest.mark.parametrize(
+    ("given", "labels"),
+    [
+        (["{}/other/a.txt", "a"], ["{}/other/a.txt", "a"]),
+        (["{}/other/a.txt", "all"], ["{}/other/a.txt", "a", "b"]),
+        (["{}/other/sotu.txt", "{}/other/c.txt", "{}/c.txt"], ["sotu", "c", "{}/c.txt"]),
+        (["c.txt.txt", "c", "c.txt"], ["c.txt.txt", "c", "c.txt"]),
+    ],
+)
+def test_sources_that_share_a_name(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, given: list[str], labels: list[str]
+) -> None:
+    """None replaces another one, in whatever order they stand."""
+    monkeypatch.setattr("bigmac_jax.evaluation.sources.open_stream", lambda config, *_, **__: config.data.source)
+    data = dataclasses.replace(tiny(**CONFIG).data, mixture=f"{tmp_path}/a.txt=1,{tmp_path}/b.txt=2")
+    for name in ("a.txt", "b.txt"):
+        (tmp_path / name).write_text("some words " * 500)
+    names, labels = ([name.format(tmp_path) for name in entries] for entries in (given, labels))
+    config = dataclasses.replace(tiny(**CONFIG), data=data, cache_dir=str(tmp_path / "cache"))
+    found = open_sources(tmp_path, config, names, "test", ByteTokenizer())
+    assert list(found) == labels
+    own = {"a": f"{tmp_path}/a.txt", "b": f"{tmp_path}/b.txt"}
+    asked = [n for name in names for n in (own.values() if name == "all" else [own.get(name, name)])]
+    assert list(found.values()) == asked
+
+
 def test_a_mixture_whose_text_has_changed(tmp_path: pathlib.Path) -> None:
     """It is not scored as what the run was trained on; another file is scored all the same."""
     for name in ("a", "b", "c"):
