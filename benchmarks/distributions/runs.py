@@ -25,9 +25,8 @@ def prepare(folder: pathlib.Path, size: int) -> None:
     if not file.exists():
         data = DataConfig(mixture=",".join(f"{path}=1" for path in files.values()))
         size = load_config(ROOT / CONFIG).model.vocab_size
-        pieces = (piece for piece, _ in open_documents(data, "train", str(folder / "cache")).all_pieces())
         part = file.with_suffix(".part")
-        part.write_text(train_bpe(pieces, size))
+        part.write_text(train_bpe(open_documents(data, "train", str(folder / "cache")).all_text(), size))
         part.replace(file)
 
 

@@ -65,7 +65,7 @@ def join_fingerprints(fingerprints: Mapping[str, str]) -> str:
 
 
 class JoinedDocuments(Documents):
-    """The documents of several sources in turn, by bytes, so that any beginning of the whole has a share of each."""
+    """The documents of several sources."""
 
     def __init__(self, parts: Mapping[str, Documents]):
         self._parts = parts
@@ -84,14 +84,18 @@ class JoinedDocuments(Documents):
         raise NotImplementedError("each source reads its own")
 
     def all_pieces(self) -> Iterator[tuple[str, bool]]:
-        streams = {name: docs.all_pieces() for name, docs in self._parts.items()}
+        for docs in self._parts.values():
+            yield from docs.all_pieces()
+
+    def all_text(self) -> Iterator[str]:
+        """Yields pieces of the sources in turn, by bytes; a source may be one document of many pieces."""
+        streams = {name: docs.all_text() for name, docs in self._parts.items()}
         shares = dict.fromkeys(streams, 0.0)  # of each source, how much was read
         while shares:
             name = min(shares, key=shares.__getitem__)
-            for piece, last in streams[name]:
-                yield piece, last
-                shares[name] += len(piece) / max(1, self._parts[name].size)
-                if last:
-                    break
-            else:
+            piece = next(streams[name], None)
+            if piece is None:
                 del shares[name]
+                continue
+            yield piece
+            shares[name] += len(piece) / max(1, self._parts[name].size)

@@ -134,6 +134,10 @@ class Documents(abc.ABC):
             yield from self.pieces(unit, counts)
         self.report(counts)
 
+    def all_text(self) -> Iterator[str]:
+        """Yields the text of all documents in pieces; of several sources, any beginning of it has a share of each."""
+        return (piece for piece, _ in self.all_pieces())
+
     def __iter__(self) -> Iterator[str]:
         """Yields whole documents, each in memory; raises as `all_pieces` does."""
         parts: list[str] = []

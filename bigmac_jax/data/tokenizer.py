@@ -18,7 +18,7 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from bigmac_jax.config import TOKENIZER_SIZES, Config, ConfigError, missing_place_fix, parse_object, seal, unseal
 from bigmac_jax.config.names import nearest_choice, question
-from bigmac_jax.data.corpus import open_documents
+from bigmac_jax.data.corpus import JoinedDocuments, open_documents
 from bigmac_jax.data.documents import PIECE, cut_text, decode
 from bigmac_jax.data.files import disk_full_fix, lock_path, make_cache_directory, remove
 from bigmac_jax.runtime.clock import clock
@@ -283,7 +283,9 @@ def _load_bpe(config: Config) -> Tokenizer:
         )
     size = config.model.vocab_size
     train = open_documents(config.data, "train", config.cache_dir)
-    path = make_cache_directory(config.cache_dir, "tokenizers") / f"bpe-{size}-{train.fingerprint[:20]}.sealed.json"
+    # A mixture's tokenizer without this in its name was trained on one document after the other.
+    key = train.fingerprint[:20] + ("-in-turn" if isinstance(train, JoinedDocuments) else "")
+    path = make_cache_directory(config.cache_dir, "tokenizers") / f"bpe-{size}-{key}.sealed.json"
 
     def read() -> Tokenizer | None:
         with contextlib.suppress(FileNotFoundError, IsADirectoryError, ValueError):
@@ -299,7 +301,7 @@ def _load_bpe(config: Config) -> Tokenizer:
             _log.warning("%s is damaged; training the tokenizer again", path)
         _log.info("training a BPE of %d tokens on the %s", size, train.name)
         with clock.timed("train tokenizer"):
-            text = train_bpe((piece for piece, _ in train.all_pieces()), size)
+            text = train_bpe(train.all_text(), size)
         try:
             if path.is_dir():
                 remove(path)

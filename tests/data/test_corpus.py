@@ -335,16 +335,15 @@ class Pieces(Documents):
 
 
 def test_several_sources_are_read_in_turn_by_bytes():
-    """Whole documents of whichever has the smallest share behind it; one that says no size counts as of one byte."""
-    a = Pieces("a", 12, ["A1", "a2"], ["A3", "a4"], ["A5", "a6"])
+    """A piece of whichever has the smallest share behind it, though its document goes on; one that says no size counts
+    as of one byte."""
+    a = Pieces("a", 12, ["A1", "a2", "a3", "a4"], ["A5", "a6"])
     b = Pieces("b", 6, ["B1b"], ["B2b"])
     c = Pieces("c", 0, ["C"], ["CC"])
     joined = JoinedDocuments({"a": a, "b": b, "c": c})
-    found = list(joined.all_pieces())
-    # Shares before each document: a 0, b 0, c 0, a 1/3, b 1/2, a 2/3, then all have one: c has a document left.
-    assert [piece for piece, _ in found] == ["A1", "a2", "B1b", "C", "A3", "a4", "B2b", "A5", "a6", "CC"]
-    assert [piece for piece, last in found if not last] == ["A1", "A3", "A5"]
-    assert list(joined) == ["A1a2", "B1b", "C", "A3a4", "B2b", "A5a6", "CC"]
+    # Shares before each piece: a 0, b 0, c 0, a 1/6, a 1/3, a 1/2, b 1/2, a 2/3, a 5/6, then all have one.
+    assert list(joined.all_text()) == ["A1", "B1b", "C", "a2", "a3", "a4", "B2b", "A5", "a6", "CC"]
+    assert list(joined) == ["A1a2a3a4", "A5a6", "B1b", "B2b", "C", "CC"]
     assert (joined.name, joined.size) == ("a and b and c", 18)
     assert joined.fingerprint == join_fingerprints({"a": "of a", "b": "of b", "c": "of c"}) != "of a"
     assert JoinedDocuments({"a": a}).fingerprint == "of a"

@@ -100,6 +100,19 @@ def test_training_text_is_bounded(monkeypatch):
     assert max(map(len, module._training_text(["x" * 100_000]))) == 256
 
 
+def test_a_mixture_is_learned_of_all_sources(tmp_path, make_config, monkeypatch):
+    """Though one of them is a single document, longer than what is read; a tokenizer of the old order is not taken."""
+    monkeypatch.setattr(module, "_TRAINING_CHARACTERS", 400_000)
+    (tmp_path / "a.txt").write_text("alpha bravo " * 50_000)
+    (tmp_path / "b.jsonl").write_text('{"text": "lambda zebra"}\n' * 20_000)
+    config = make_config("sotu", mixture=f"{tmp_path}/a.txt=1,{tmp_path}/b.jsonl=1", tokenizer="bpe", vocab_size=290)
+    data = dataclasses.replace(config.data, validation_source="-", test_source="-")
+    tokenizer = load_tokenizer(dataclasses.replace(config, data=data))
+    assert len(tokenizer.encode(" alpha bravo lambda zebra")) < 8
+    (path,) = tmp_path.glob("cache/tokenizers/*.json")
+    assert path.name.endswith("-in-turn.sealed.json")
+
+
 def test_small_text_gives_a_smaller_vocabulary(text_file, make_config, caplog):
     config = make_config(text_file, tokenizer="bpe")
     tokenizer = load_tokenizer(config)
