@@ -20,7 +20,6 @@ MAY_CHANGE = ("execution.", "mesh.", "train.steps", "train.accumulate_steps", "t
 # How far a step goes; a line says what has changed (`training.optimizer.optimizer_notes`).
 RATES_MAY_CHANGE = ("optimizer.learning_rate", "optimizer.final_learning_rate", "optimizer.schedule",
                     "optimizer.warmup_steps", "optimizer.decay_steps", "optimizer.weight_decay")  # fmt: skip
-_BIGMAC_ALONE = ("model.projection_init", "optimizer.projection_rate")
 # May change, but not be left out nor added. Models may be moved; that they are the same is checked where they are
 # opened (`tuning.pretrained`). Of clipping the optimizer's state has a part.
 _IF_SET = ("train.init_from", "tuning.teacher", "optimizer.clip_norm")
@@ -31,9 +30,10 @@ def check_resume(saved: Config, new: Config) -> None:
     before, after = flat_values(saved.resolved), flat_values(new.resolved)
     for values, config in ((before, saved), (after, new)):
         values["model.context_length"] = config.context_length
-    unread: tuple[str, ...] = () if "bigmac" in (saved.model.structure, new.model.structure) else _BIGMAC_ALONE
-    # A run begun before `part` was the default goes on where neither reads it.
-    if all(unread_for(config, "model.balance_scope") for config in (saved, new)):
+    # bigmac's alone; so is optimizer.projection_rate, of which the optimizer's state has a part whoever reads it.
+    unread = () if "bigmac" in (saved.model.structure, new.model.structure) else ("model.projection_init",)
+    # A whole batch is a step and its own part: only where there are parts before and now does the scope have to stay.
+    if any(unread_for(config, "model.balance_scope") for config in (saved, new)):
         unread += ("model.balance_scope",)
     declared = () if new.model.positions == "learned" else ("model.context_length",)  # which exports alone read
     for name, value in after.items():
@@ -92,7 +92,8 @@ def part_notes(before: Config, after: Config, dropout: bool = False) -> list[str
         notes.append(f"{split}: with model.balance=quantile the biases that tokens require are {how}")
     if not (steps := _changed(*values, ["train.accumulate_steps"])):
         return notes
-    if model.is_moe and model.balance == "aux_loss" and model.balance_scope == "part":
+    wholes = [of.train.accumulate_steps if of.model.balance_scope == "part" else 1 for of in (before, after)]
+    if model.is_moe and model.balance == "aux_loss" and wholes[0] != wholes[1]:
         found.append("with model.balance_scope=part the balance loss is of other parts")
     if model.is_moe and model.balance_step == "same":
         found.append("with model.balance_step=same quantiles are of other parts")

@@ -412,7 +412,8 @@ def test_the_step_that_quantiles_are_of_stays() -> None:
 
 
 def test_the_scope_of_the_balance_loss_stays_where_there_are_parts() -> None:
-    """A whole batch is its own part: a run begun when the default was the step goes on."""
+    """A whole batch is its own part: a run begun when the default was the step goes on, in parts, too, as one begun now
+    does, with a line."""
     (before, one), (parted, two) = (
         [
             Config(model=ModelConfig(balance_scope=scope), train=TrainConfig(accumulate_steps=parts))
@@ -420,9 +421,18 @@ def test_the_scope_of_the_balance_loss_stays_where_there_are_parts() -> None:
         ]
         for parts in (1, 2)
     )
-    check_resume(before, one)
-    for saved, new in ((parted, two), (before, two), (parted, one)):
-        with pytest.raises(ConfigError, match=r"^model\.balance_scope='part' differs from 'step', which"):
+    line = "with model.balance_scope=part the balance loss is of other parts from here on"
+    for saved, new, told in (
+        (before, one, []),
+        (before, two, [f"train.accumulate_steps 1 → 2: {line}"]),
+        (two, before, [f"train.accumulate_steps 2 → 1: {line}"]),
+        (parted, one, []),  # the same loss
+        (one, parted, []),
+    ):
+        check_resume(saved, new)
+        assert resume_notes(saved, new, {}, {}) == told
+    for saved, new, name in (parted, two, "part"), (two, parted, "step"):
+        with pytest.raises(ConfigError, match=rf"^model\.balance_scope='{name}' differs from '(part|step)', which"):
             check_resume(saved, new)
     for unread in ({"balance": "bias"}, {"balance": "quantile"}, {"balance": "none"}, {"structure": "dense"}):
         check_resume(*(dataclasses.replace(c, model=dataclasses.replace(c.model, **unread)) for c in (parted, two)))
@@ -597,6 +607,11 @@ def test_what_w_down_and_w_up_start_as(tmp_path: pathlib.Path) -> None:
         now = Config(ModelConfig("fine_grained", projection_init=init))
         assert now.projection_rate == 1.0
         check_resume(before, now)
+    given_rate = dataclasses.replace(before, optimizer=given)  # its optimizer's state is another tree
+    check_resume(given_rate, given_rate)
+    for saved, now, value in (given_rate, before, 0.5), (before, given_rate, 1.0):
+        with pytest.raises(ConfigError, match=rf"^optimizer\.projection_rate=.* was started with; keep {value}, or"):
+            check_resume(saved, now)
 
 
 def test_the_context_length_is_of_the_model_and_not_of_its_windows() -> None:
