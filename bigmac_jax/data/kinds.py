@@ -17,7 +17,7 @@ KINDS = (".txt", ".jsonl", ".json", ".csv", ".parquet", ".arrow", ".feather")
 COMPRESSED = (".gz", ".zst")
 TABLES = ("parquet", "arrow", "feather")
 READ = f"{', '.join(KINDS[:-1])} or {KINDS[-1]}, each also with {' or '.join(COMPRESSED)} behind it"
-# How the names of files begin that come with a corpus and are not part of it.
+# Names, without their endings, of files that come with a corpus and are not part of it.
 _BESIDE = ("readme", "license", "licence", "notice", "citation", "changelog")
 _HEAD = 4096  # bytes that a file is judged by
 BLOCK = 1 << 20  # bytes that are read at a time
@@ -69,8 +69,12 @@ def guess_kind(path: pathlib.Path) -> Kind | None:
 
 
 def is_side_file(path: pathlib.Path) -> bool:
-    """Whether a file in a corpus's folder is not part of the corpus: hidden, or a README or license."""
-    return path.name.startswith((".", "_")) or path.name.lower().startswith(_BESIDE)
+    """Whether a file, named by its path below a corpus's folder, is not part of the corpus: hidden, in a hidden folder,
+    or a README or license."""
+    if path.name.startswith("_") or any(part.startswith(".") or part == "__MACOSX" for part in path.parts):
+        return True
+    kind, stem = guess_kind(path), path.name.lower().partition(".")[0]
+    return stem.startswith(_BESIDE) if kind is None else kind.name == "txt" and stem in _BESIDE
 
 
 def describe_content(path: pathlib.Path) -> str:

@@ -106,16 +106,16 @@ class FileDocuments(Documents):
 
 
 def find_files(source: str, setting: str) -> dict[pathlib.Path, int]:
-    """Finds the files of a path, a folder (all levels) or a glob, in order; returns path → bytes. Hidden files of a
-    folder, its README and its license are left out. Raises ConfigError for no file, or one of a kind that is not read.
-    """
+    """Finds the files of a path, a folder (all levels) or a glob, in order; returns path → bytes. A folder's hidden
+    files and folders, its README and its license are left out. Raises ConfigError for no file, or one of a kind that is
+    not read."""
     path = storage.locate(source, setting)
     want = f"{setting}={source!r}"
     if path.is_dir():
         found = storage.list_files(path)
-        if beside := {p for p in found if kinds.is_side_file(p)}:
+        if beside := {p for p in found if kinds.is_side_file(p.relative_to(path))}:
             found = {p: size for p, size in found.items() if p not in beside}
-            names = ", ".join(sorted({p.name for p in beside})[:5])
+            names = ", ".join(sorted(str(p.relative_to(path)) for p in beside)[:5])
             count = "1 file" if len(beside) == 1 else f"{len(beside)} files"
             log_once(logging.INFO, f"{want}: {count} beside the corpus left out: {names}")
     elif path.exists():

@@ -13,6 +13,7 @@ from bigmac_jax.data import sotu as sotu_module
 from bigmac_jax.data import splits
 from bigmac_jax.data.corpus import JoinedDocuments, join_fingerprints, open_documents
 from bigmac_jax.data.documents import Documents, ReadCounts
+from bigmac_jax.data.local_files import find_files
 from bigmac_jax.data.splits import choose_split, hold_out, text_key
 
 SPLITS = ("train", "validation", "test")
@@ -125,6 +126,30 @@ def test_folder_file_and_glob(tmp_path, caplog):
     assert "1 file beside the corpus left out: README.md" in caplog.text
     assert read(tmp_path, source=str(folder / "**" / "*.jsonl"), **own) == ["three", "four"]
     assert read(tmp_path, source=str(folder / "b.txt"), **own) == ["zwei\r\nZeilen ü"]
+
+
+def test_what_stands_beside_a_corpus(tmp_path, caplog):
+    """All in hidden folders, and a README or license; not data whose name begins like one."""
+    caplog.set_level("INFO")
+    folder = tmp_path / "texts"
+    corpus = ["notice.jsonl", "citations-2023.jsonl", "notices.txt", "readme/a.txt", "license.csv.gz"]
+    hidden = [".cache/huggingface/download/a.jsonl.metadata", ".ipynb_checkpoints/a-checkpoint.txt", "deep/.git/b.txt"]
+    beside = [
+        *hidden,
+        "LICENSE-MIT",
+        "Readme.txt",
+        "__MACOSX/._a.txt",
+        "__MACOSX/a.txt",
+        "_SUCCESS",
+        "deep/CITATION.cff",
+    ]
+    for name in corpus + beside:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text("text\n")
+    assert sorted(str(path.relative_to(folder)) for path in find_files(str(folder), "data.source")) == sorted(corpus)
+    assert "9 files beside the corpus left out: .cache/huggingface/download/a.jsonl.metadata, " in caplog.text
+    # A folder that the user names is not hidden by what is above it.
+    assert len(find_files(str(folder / ".cache" / ".." / "deep" / ".git"), "data.source")) == 1
 
 
 def rows(path: pathlib.Path, texts: list[str]) -> str:
