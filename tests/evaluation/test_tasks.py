@@ -12,7 +12,6 @@ import pytest
 from threads_as_processes import run_as_processes
 from training.tools import ROOT
 
-from bigmac_jax.commands import eval as eval_command
 from bigmac_jax.config import Config, ConfigError, DataConfig
 from bigmac_jax.data.pipeline import text_stream
 from bigmac_jax.data.tokenizer import ByteTokenizer
@@ -267,8 +266,9 @@ def test_bad_input_is_one_line(tmp_path: pathlib.Path, name: str) -> None:
     assert line in str(error.value) and "\n" not in str(error.value)
 
 
-def test_processes_score_the_same(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_processes_score_the_same(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, command: Any) -> None:
     """A file of rows, or a text, that another process has otherwise is an error, before the model is used."""
+    program = command("eval")
 
     def score(process: int) -> Any:
         file = write(tmp_path, f"{process}.jsonl", [{"goal": "g", "sol1": f"s{process}", "sol2": "b", "label": 0}])
@@ -276,8 +276,8 @@ def test_processes_score_the_same(tmp_path: pathlib.Path, monkeypatch: pytest.Mo
         return score_jobs(jobs, None, ByteTokenizer(), tmp_path, "", 64, 1)  # type: ignore[arg-type]
 
     def score_text(process: int) -> Any:
-        trained = eval_command.Trained(tmp_path, Config(), ByteTokenizer(), 64, 1)
-        return eval_command._score_texts(trained, {"notes.txt": text_stream(f"text {process}", ByteTokenizer())})
+        trained = program.Trained(tmp_path, Config(), ByteTokenizer(), 64, 1)
+        return program._score_texts(trained, {"notes.txt": text_stream(f"text {process}", ByteTokenizer())})
 
     for work, name in ((score, "the rows of piqa"), (score_text, "the text of notes.txt")):
         for error in run_as_processes(monkeypatch, 2, work):
