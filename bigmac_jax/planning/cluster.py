@@ -113,11 +113,16 @@ class Cluster:
         h, inside = self.hardware, max(1, min(ranks, self.machine // stride))
         rate = math.inf
         if inside > 1:
-            links = parts(self.slice, stride)[1].ring_links() if self.slice else 1
-            rate = h.fast.bandwidth * links
+            rate = h.fast.bandwidth * (self._ring(inside, stride) if self.slice else 1)
         if ranks > inside:
             rate = min(rate, h.slow.bandwidth * inside)
         return sent / rate
+
+    def _ring(self, ranks: int, stride: int) -> float:
+        """Links that so many chips, every `stride`-th of the slice, have to send around on: those of their own block. Chips
+        that make none go along a line."""
+        assert self.slice is not None
+        return parts(parts(self.slice, stride)[1], ranks)[0].ring_links() or 1.0
 
     def all_reduce(self, size: float, ranks: int, stride: int = 1) -> float:
         """Seconds of summing `size` bytes over `ranks`, every `stride`-th of the mesh: scattered, then gathered."""

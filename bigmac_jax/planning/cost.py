@@ -172,7 +172,7 @@ def exchange_seconds(setting: Setting) -> float:
         adds_on_the_way = exchange.forward == exchange.backward == "float32"
         around = sum(payload) if adds_on_the_way else sum(payload) / 2
         flat = payload.times(1 - around / sum(payload)).plus(metadata)
-        return here.around(around, here.group) + here.exchange(flat, traffic.exchanges)
+        return here.around(around, here.group, here.tensor) + here.exchange(flat, traffic.exchanges)
     return here.exchange(payload.plus(metadata), traffic.exchanges, isinstance(exchange, Hierarchical))
 
 

@@ -16,7 +16,7 @@ from bigmac_jax.model.exchange import STRATEGIES
 from bigmac_jax.model.exchange.costs import Sent
 from bigmac_jax.model.memory import host_memory, state_memory
 from bigmac_jax.model.mesh import AXES, ExpertGroup
-from bigmac_jax.model.traffic import exchange_traffic, replica_bytes
+from bigmac_jax.model.traffic import exchange_traffic, replica_bytes, tensor_bytes
 from bigmac_jax.model.transformer import init_model
 from bigmac_jax.planning.cluster import cluster, mesh_group, physical_group
 from bigmac_jax.planning.cost import (
@@ -135,6 +135,44 @@ def test_around_a_ring() -> None:
     pod = cluster(sizes(16, 1, 16), V5E)
     assert pod.all_reduce(1e9, 256) == pytest.approx(2e9 * 255 / 256 / 200e9)
     assert pod.all_reduce(1e9, 16, 16) == pytest.approx(2e9 * 15 / 16 / 100e9)
+
+
+@pytest.mark.parametrize(
+    ("hardware", "topology", "ranks", "stride", "links"),
+    [
+        (V5P, (8, 8, 8), 2, 1, 1),  # two neighbours, not six links
+        (V5P, (8, 8, 8), 8, 1, 2),  # one axis, which is a ring
+        (V5P, (8, 8, 8), 16, 1, 2 + 1),  # and two of the next, a line
+        (V5P, (8, 8, 8), 8, 8, 2),  # a replica of 64: along the second axis
+        (V5P, (8, 8, 8), 4, 2, 2 / 2),  # every second of one axis: half of its ring, as the others go there, too
+        (V5P, (8, 8, 8), 2, 2, 1 / 2),
+        (V5E, (4, 8), 4, 1, 1),
+        (V5E, (4, 8), 16, 1, 2),
+        (V5E, (4, 3), 6, 1, 1),  # no block of rows of four
+        (V5E, (2, 3), 3, 1, 1),
+    ],
+)
+def test_around_a_part_of_a_slice(
+    hardware: Hardware, topology: tuple[int, ...], ranks: int, stride: int, links: float
+) -> None:
+    here = cluster(sizes(math.prod(topology)), hardware, topology)
+    assert here.around(1e9, ranks, stride) == pytest.approx(1e9 / (links * hardware.fast.bandwidth))
+
+
+def test_what_tensor_and_gather_send_goes_over_their_own_links() -> None:
+    """Of v5e:4x8 `tensor` is a line of two, over which an expert group of four lies as every second chip: 2 × 4."""
+    c, mesh = config(exchange="gather", vocab_size=264), sizes(4, 1, 4) | {"tensor": 2}
+    job, here = make_job(c, mesh, V5E, (4, 8)), cluster(mesh, V5E, (4, 8))
+    assert job.tensor_sent == pytest.approx(tensor_bytes(c, mesh) / 50e9)
+    traffic = exchange_traffic(c, 32, mesh_group(mesh, V5E))
+    flat = here.exchange(traffic.metadata.times(1 / 32), traffic.exchanges)
+    assert here.around(1, 4, 2) == pytest.approx(1 / (2 / 2 * 50e9))
+    assert job.exchange == pytest.approx(here.around(sum(traffic.padded) / 32, 4, 2) + flat)
+    # On GPUs, too: of two machines of four each holds two of a group's ranks, whose tensor ranks share the way out.
+    mesh = sizes(expert=4) | {"tensor": 2}
+    traffic = exchange_traffic(c, 8, mesh_group(mesh, PLAIN))
+    flat = cluster(mesh, PLAIN).exchange(traffic.metadata.times(1 / 8), traffic.exchanges)
+    assert make_job(c, mesh, PLAIN).exchange == pytest.approx(sum(traffic.padded) / 8 / (2 * 10) + flat)
 
 
 def test_a_step() -> None:
