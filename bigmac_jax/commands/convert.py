@@ -8,12 +8,13 @@ bigmac convert widen --workdir=DIR --output=NEW [--copies=2] [--noise=0.01] [--c
 """
 
 import contextlib
+import dataclasses
 import pathlib
 
 from absl import flags
 
 from bigmac_jax.commands import cli
-from bigmac_jax.config import ConfigError, with_mesh
+from bigmac_jax.config import Config, ConfigError, with_mesh
 from bigmac_jax.config.names import nearest, question
 from bigmac_jax.config.reads import context_notes
 from bigmac_jax.data.chat_files import read_chat_folder
@@ -116,7 +117,8 @@ def _convert(action: str, workdir: pathlib.Path, output: pathlib.Path) -> None:
     saved = with_mesh(
         read_config(workdir), [given for given in cli.OVERRIDES if given.startswith(("mesh.", "cache_dir="))]
     )
-    converted_run.new_run_config(saved, cli.OVERRIDES)  # before the work
+    source = _source_config(saved)
+    _converted_config(action, source)  # before the work
     tokenizer = load_run_tokenizer(workdir, saved)
     train, validation = (open_run_stream(workdir, saved, split, tokenizer) for split in ("train", "validation"))
     if isinstance(train, Conversations) or isinstance(validation, Conversations):
@@ -127,18 +129,18 @@ def _convert(action: str, workdir: pathlib.Path, output: pathlib.Path) -> None:
         hosts.say(
             f"{output} is without the next-token modules of {workdir} (model.mtp_modules={saved.model.mtp_modules})"
         )
-        saved, model = without_next_tokens(saved, model)
+        model = without_next_tokens(saved, model)[1]
 
     for split in ("train", "validation"):
         say_data_place(workdir, saved, split)
     layers: list[conversion.LayerError] = []
     if action == "latent":
         batches = converted_run.sample_windows(saved, train, _TOKENS.value)
-        config, result, layers = conversion.narrow(saved, model, batches, _RATIO.value, _LATENT_NORM.value)
+        config, result, layers = conversion.narrow(source, model, batches, _RATIO.value, _LATENT_NORM.value)
     elif action == "upcycle":
-        config, result = conversion.upcycle(saved, model, _EXPERTS.value, _TOP_K.value)
+        config, result = conversion.upcycle(source, model, _EXPERTS.value, _TOP_K.value)
     else:
-        config, result = conversion.widen(saved, model, _COPIES.value, _NOISE.value)
+        config, result = conversion.widen(source, model, _COPIES.value, _NOISE.value)
     report = converted_run.measure(
         action, model, result, layers, converted_run.sample_windows(saved, validation, _TOKENS.value)
     )
@@ -148,3 +150,19 @@ def _convert(action: str, workdir: pathlib.Path, output: pathlib.Path) -> None:
     )
     hosts.say("\n".join(report.lines()))
     hosts.say(f"{output}: {config.describe()}")
+
+
+def _source_config(saved: Config) -> Config:
+    """What is converted: the saved model as it decodes, on its mesh and its text, trained as the new one is to be."""
+    alone = dataclasses.replace(saved.model, mtp_modules=0, mtp_blocks="")
+    fresh = converted_run.new_run_config(dataclasses.replace(saved, model=alone), cli.OVERRIDES)
+    return dataclasses.replace(fresh, mesh=saved.mesh, execution=saved.execution, data=saved.data)
+
+
+def _converted_config(action: str, source: Config) -> Config:
+    """The config that a conversion makes; raises ConfigError where it can't be."""
+    if action == "latent":
+        return conversion.narrowed(source, _RATIO.value, _LATENT_NORM.value)
+    if action == "upcycle":
+        return conversion.upcycled(source, _EXPERTS.value, _TOP_K.value)
+    return conversion.widened(source, _COPIES.value)

@@ -1,7 +1,7 @@
 """Converts a trained model to another structure without training: a narrow exchange, experts from a dense model, or
 copies of its experts (docs/conversion.md)."""
 
-from bigmac_jax.tuning.conversion.expert_copies import upcycle, widen
-from bigmac_jax.tuning.conversion.latent import LayerError, narrow
+from bigmac_jax.tuning.conversion.expert_copies import upcycle, upcycled, widen, widened
+from bigmac_jax.tuning.conversion.latent import LayerError, narrow, narrowed
 
-__all__ = ["LayerError", "narrow", "upcycle", "widen"]
+__all__ = ["LayerError", "narrow", "narrowed", "upcycle", "upcycled", "widen", "widened"]

@@ -19,11 +19,8 @@ _MLP = {
 }  # fmt: skip
 
 
-def upcycle(config: Config, model: Transformer, experts: int, top_k: int) -> tuple[Config, Transformer]:
-    """Makes a dense model fine_grained: each expert is its MLP, behind a new router (Komatsuzaki et al. 2023, "Sparse
-    upcycling"). Gates are divided by their sum, so it computes what the dense model does.
-
-    The router's gradient and the tokens that each is sent make the experts different: no noise is needed.
+def upcycled(config: Config, experts: int, top_k: int) -> Config:
+    """The config of what `upcycle` makes.
 
     Raises:
       ConfigError: not a dense model, or numbers that don't fit.
@@ -40,11 +37,20 @@ def upcycle(config: Config, model: Transformer, experts: int, top_k: int) -> tup
         raise ConfigError(
             f"model.blocks={m.blocks} can't be upcycled, only attention and MLPs in turn (an empty pattern)"
         )
-    target = with_model(
+    return with_model(
         config, structure="fine_grained", num_experts=experts, top_k=top_k, expert_hidden_size=m.expert_width,
         router_renormalize=True, router_scale=1.0, num_shared_experts=0, capacity_factor=math.inf, overflow="drop",
         latent_norm="none", first_dense_layers=0, num_expert_groups=1, top_groups=1,
     )  # fmt: skip
+
+
+def upcycle(config: Config, model: Transformer, experts: int, top_k: int) -> tuple[Config, Transformer]:
+    """Makes a dense model fine_grained: each expert is its MLP, behind a new router (Komatsuzaki et al. 2023, "Sparse
+    upcycling"). Gates are divided by their sum, so it computes what the dense model does. Errors as for `upcycled`.
+
+    The router's gradient and the tokens that each is sent make the experts different: no noise is needed.
+    """
+    target = upcycled(config, experts, top_k)
     leaves = named_leaves(model)
     given = {
         f"layers.mlp.experts.{ours}": np.repeat(np.asarray(leaves[f"layers.mlp.{theirs}"])[:, None], experts, axis=1)
@@ -54,15 +60,8 @@ def upcycle(config: Config, model: Transformer, experts: int, top_k: int) -> tup
     return target, rebuild_model(target, model, given)
 
 
-def widen(config: Config, model: Transformer, copies: int, noise: float = 0.01) -> tuple[Config, Transformer]:
-    """Copies each expert c times, and chooses c times as many: LatentMoE's `acc` (Elango et al. 2026, arXiv 2601.18089)
-    from a trained model.
-
-    A token that chose an expert chooses all its copies, and their gates sum to the old one. So without noise the model
-    computes what it did, and the copies, which see the same tokens, would stay equal for ever.
-
-    Args:
-      noise: N(0, noise²) times its root mean square is added to each of the experts' and the router's matrices.
+def widened(config: Config, copies: int) -> Config:
+    """The config of what `widen` makes.
 
     Raises:
       ConfigError: a model without experts, or whose experts are chosen by group.
@@ -80,14 +79,26 @@ def widen(config: Config, model: Transformer, copies: int, noise: float = 0.01) 
         raise ConfigError(f"--copies={copies} must be at least 2")
     if m.top_k == 1 and m.router_renormalize:  # its gate was not divided by itself; the copies' are, by their sum
         raise ConfigError("model.top_k=1 with router_renormalize=True can't be widened: gates of several are divided")
-    # A softmax over c copies divides by c itself, and so does the sum of the chosen gates. What is added to its scores
-    # is divided like them.
-    softmax = m.router_scores == "softmax"
-    divides = softmax or m.router_renormalize
-    target = with_model(
+    # A softmax over c copies divides by c itself, and so does the sum of the chosen gates.
+    divides = m.router_scores == "softmax" or m.router_renormalize
+    return with_model(
         config, num_experts=copies * m.num_experts, top_k=copies * m.top_k, expert_hidden_size=m.expert_width,
         router_scale=m.router_scale if divides else m.router_scale / copies,
     )  # fmt: skip
+
+
+def widen(config: Config, model: Transformer, copies: int, noise: float = 0.01) -> tuple[Config, Transformer]:
+    """Copies each expert c times, and chooses c times as many: LatentMoE's `acc` (Elango et al. 2026, arXiv 2601.18089)
+    from a trained model. Errors as for `widened`.
+
+    A token that chose an expert chooses all its copies, and their gates sum to the old one. So without noise the model
+    computes what it did, and the copies, which see the same tokens, would stay equal for ever.
+
+    Args:
+      noise: N(0, noise²) times its root mean square is added to each of the experts' and the router's matrices.
+    """
+    target = widened(config, copies)
+    softmax = config.model.router_scores == "softmax"  # what is added to its scores is divided like them
     draw = np.random.default_rng(config.train.seed).standard_normal
     given = {}
     for name, leaf in named_leaves(model).items():

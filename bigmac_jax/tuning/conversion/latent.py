@@ -58,19 +58,11 @@ class LayerError(NamedTuple):
     outputs: float
 
 
-def narrow(
-    config: Config, model: Transformer, batches: Sequence[Batch], ratio: float, latent_norm: str = "none"
-) -> tuple[Config, Transformer, list[LayerError]]:
-    """Makes a fine_grained model bigmac: experts of the same number and width, and an exchange `ratio` times as wide.
-
-    Args:
-      model: fine_grained, of `config`, on the current mesh of one process.
-      batches: a text, read as in evaluation.
-      latent_norm: of the result. No fit can undo a norm behind the combine: the result then begins further away, but
-        trains better (docs/quality.md).
+def narrowed(config: Config, ratio: float, latent_norm: str) -> Config:
+    """The config of what `narrow` makes.
 
     Raises:
-      ConfigError: another structure, or one with a norm on its exchanged rows.
+      ConfigError: another structure, one with a norm on its exchanged rows, or a ratio that doesn't fit.
     """
     m = config.model
     if m.structure != "fine_grained" or m.latent_norms:
@@ -78,9 +70,9 @@ def narrow(
             f"model.structure={m.structure} model.latent_norm={m.latent_norm} can't be given a narrow exchange, only "
             f"structure=fine_grained with latent_norm=none; train such a model"
         )
-    if round(ratio * m.hidden_size) < 1 or ratio > 1:
+    if not 0 < ratio <= 1 or round(ratio * m.hidden_size) < 1:
         raise ConfigError(f"--ratio={ratio} must be above 0 and at most 1, as 0.25")
-    target = with_model(
+    return with_model(
         config,
         structure="bigmac",
         down_ratio=ratio,
@@ -90,6 +82,21 @@ def narrow(
         shared_expert_hidden_size=m.shared_expert_hidden_size or (m.latent_size if m.num_shared_experts else 0),
         dense_hidden_size=m.mlp_width if m.mlp_layers else m.dense_hidden_size,
     )
+
+
+def narrow(
+    config: Config, model: Transformer, batches: Sequence[Batch], ratio: float, latent_norm: str = "none"
+) -> tuple[Config, Transformer, list[LayerError]]:
+    """Makes a fine_grained model bigmac: experts of the same number and width, and an exchange `ratio` times as wide.
+    Errors as for `narrowed`.
+
+    Args:
+      model: fine_grained, of `config`, on the current mesh of one process.
+      batches: a text, read as in evaluation.
+      latent_norm: of the result. No fit can undo a norm behind the combine: the result then begins further away, but
+        trains better (docs/quality.md).
+    """
+    target, m = narrowed(config, ratio, latent_norm), config.model
     layers: list[Leaves] = []
     errors: list[LayerError] = []
 

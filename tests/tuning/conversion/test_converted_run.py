@@ -21,6 +21,7 @@ from bigmac_jax.model.mesh import batch_spec, place
 from bigmac_jax.runtime import storage
 from bigmac_jax.training import programs
 from bigmac_jax.training.new_run import write_new_run
+from bigmac_jax.training.workdir import write_config as write_run_config
 from bigmac_jax.tuning import conversion, restore_step
 from bigmac_jax.tuning.conversion import converted_run
 from bigmac_jax.tuning.conversion.converted_run import measure, new_run_config, sample_windows
@@ -212,11 +213,12 @@ def test_the_picture_shows_the_errors_of_each_layer(monkeypatch: pytest.MonkeyPa
 def convert(command: Any, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     """Converts a random model of one layer, which stands in `run`, to `new`; returns what there is to read."""
 
-    def converted(action: str, structure: str, **flags: Any) -> Any:
-        config = small(tmp_path, f"model.structure={structure}")
+    def converted(action: str, *fields: str, **flags: Any) -> Any:
+        config = small(tmp_path, *fields)
         program, run, new = command("convert"), tmp_path / "run", tmp_path / "new"
+        overrides = ["train.steps=9", "train.experts_per_checkpoint=0", f"cache_dir={config.cache_dir}"]
         monkeypatch.setattr(program.cli, "enter_mesh", lambda *_, **__: None)
-        monkeypatch.setattr(program.cli, "OVERRIDES", ["train.steps=9", f"cache_dir={config.cache_dir}"])
+        monkeypatch.setattr(program.cli, "OVERRIDES", overrides)
         for name, value in ({"STEP": "latest", "TOKENS": 128} | flags).items():
             monkeypatch.setattr(program, f"_{name}", SimpleNamespace(value=value))
         write_new_run(run, config, random_model(config), ["before"])
@@ -242,7 +244,9 @@ def loss_of(model: Any, windows: np.ndarray) -> float:
 
 
 def test_upcycle_by_the_command(convert: Any) -> None:
-    config, before, (new, after, step, _), report, folder = convert("upcycle", "dense", EXPERTS=4, TOP_K=2)
+    """A field that does not fit the experts is another one in the new run."""
+    fields = ("model.structure=dense", "train.experts_per_checkpoint=4")
+    config, before, (new, after, step, _), report, folder = convert("upcycle", *fields, EXPERTS=4, TOP_K=2)
     losses = [loss_of(model, eight_windows(config, "validation")) for model in (before, after)]
     assert [report["loss_before"], report["loss_after"]] == pytest.approx(losses, rel=1e-6)
     assert losses[0] == pytest.approx(losses[1], rel=1e-6) and (report["action"], report["layers"]) == ("upcycle", [])
@@ -257,7 +261,7 @@ def test_latent_by_the_command(convert: Any, monkeypatch: pytest.MonkeyPatch) ->
     given, narrow = [], conversion.narrow
     monkeypatch.setattr(conversion, "narrow", lambda *of: (given.append(of), narrow(*of))[1])
     flags = {"RATIO": 0.5, "LATENT_NORM": "pre_dispatch"}
-    config, before, (new, after, _, _), report, folder = convert("latent", "fine_grained", **flags)
+    config, before, (new, after, _, _), report, folder = convert("latent", "model.structure=fine_grained", **flags)
     ((_, _, (batch,), *rest),) = given
     assert rest == [0.5, "pre_dispatch"]
     np.testing.assert_array_equal(batch.inputs_BL, eight_windows(config, "train")[:, :-1])
@@ -268,3 +272,34 @@ def test_latent_by_the_command(convert: Any, monkeypatch: pytest.MonkeyPatch) ->
     assert layer == 0 and inputs > 0 and 0 < outputs < total < 1
     assert (new.model.structure, new.model.down_ratio, new.model.latent_norm) == ("bigmac", 0.5, "pre_dispatch")
     assert (folder / "conversion.png").stat().st_size > 10_000
+
+
+@pytest.mark.parametrize(
+    ("action", "fields", "overrides", "refused"),
+    [
+        ("upcycle", ("structure=dense", "mtp_modules=1"), ["tuning.teacher=x"], ""),  # not trained beside one, but gone
+        ("latent", ("structure=fine_grained",), [], ""),  # with adapters of a larger rank than it is wide
+        ("upcycle", ("structure=dense",), ["train.experts_per_checkpoint=8"], "=8 must be below model.num_experts=8"),
+        ("latent", ("structure=bigmac",), [], "can't be given a narrow exchange"),
+        ("widen", ("router=hyper",), [], "model.router=hyper can't be widened"),
+    ],
+)
+def test_what_can_not_be_is_refused_before_anything_is_read(
+    command: Any, tmp_path: pathlib.Path, action: str, fields: tuple[str, ...], overrides: list[str], refused: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """What the result does not keep of the old run is no hindrance."""
+    adapters = ("train.init_from=base", "tuning.lora_rank=8") if not refused else ()
+    config = small(tmp_path, *(f"model.{field}" for field in fields), *adapters)
+    write_run_config(config, tmp_path)
+    program = command("convert")
+
+    def read(*_: Any) -> None:
+        raise InterruptedError
+
+    monkeypatch.setattr(program, "load_run_tokenizer", read)
+    monkeypatch.setattr(program.cli, "OVERRIDES", overrides)
+    for name, value in {"RATIO": 0.25, "LATENT_NORM": "none", "EXPERTS": 8, "TOP_K": 2, "COPIES": 2}.items():
+        monkeypatch.setattr(program, f"_{name}", SimpleNamespace(value=value))
+    with pytest.raises(ConfigError if refused else InterruptedError, match=refused or None):
+        program._convert(action, tmp_path, tmp_path / "new")
