@@ -3,13 +3,19 @@
 No device is touched.
 """
 
+import functools
+
 from absl import flags
 
 from bigmac_jax.commands import cli
-from bigmac_jax.config import ConfigError, load_config
+from bigmac_jax.config import ConfigError
+from bigmac_jax.config.reading import drop_user_fields, load_with_base, retrained, unresolve
+from bigmac_jax.config.reads import notes
 from bigmac_jax.data.pipeline import prepare
+from bigmac_jax.data.tokenizer import load_tokenizer
+from bigmac_jax.tuning.pretrained import choose_tokenizer, inherit_config, open_pretrained
 
-_CONFIG = flags.DEFINE_string("config", "tiny", "A config file, or the name of one in configs/.")
+_CONFIG = flags.DEFINE_string("config", "tiny", "A config file, or the name of one in configs/; as for `bigmac train`.")
 _SPLITS = flags.DEFINE_list("splits", ["train", "validation"], "Of train, validation and test.")
 _PROCESSES = flags.DEFINE_integer("processes", 0, "How many tokenise at a time; 0 = as many as cores.", lower_bound=0)
 
@@ -17,5 +23,16 @@ _PROCESSES = flags.DEFINE_integer("processes", 0, "How many tokenise at a time; 
 def main() -> None:
     if cli.ARGUMENTS != ["prepare"]:
         raise ConfigError(f"{' '.join(cli.ARGUMENTS) or 'nothing'} is not what this does; use: prepare --config=…")
-    for line in prepare(load_config(_CONFIG.value, cli.OVERRIDES), _SPLITS.value, _PROCESSES.value):
+    given = dict(override.partition("=")[::2] for override in cli.OVERRIDES)
+    place = given.get("train.init_from", "")
+    if place and not flags.FLAGS["config"].present:  # that model's config, as for a run
+        base = drop_user_fields(unresolve(inherit_config(open_pretrained(place), given)), place, cli.OVERRIDES)
+        config = retrained(base, cli.OVERRIDES)
+    else:
+        config, base = load_with_base(_CONFIG.value, cli.OVERRIDES)
+    cli.warn(notes(config, cli.given_fields(), base=base))
+    load = load_tokenizer
+    if config.train.init_from:
+        load = functools.partial(choose_tokenizer, open_pretrained(config.train.init_from))
+    for line in prepare(config, _SPLITS.value, _PROCESSES.value, load):
         print(line, flush=True)

@@ -4,7 +4,7 @@ import codecs
 import logging
 import pathlib
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import grain
@@ -44,17 +44,20 @@ def open_stream(
     return streams[""] if "" in streams else JoinedStream(streams)
 
 
-def prepare(config: Config, splits: Sequence[str], processes: int = 0) -> Iterator[str]:
-    """Makes the tokenizer and the tokens of splits; yields a line for each split. Arguments as for `open_stream`."""
-    tokenizer = load_tokenizer(config)
+def prepare(
+    config: Config,
+    splits: Sequence[str],
+    processes: int = 0,
+    load: Callable[[Config], Tokenizer] = load_tokenizer,
+) -> Iterator[str]:
+    """Loads the tokenizer and makes the tokens of splits; yields a line for each split. Arguments as for
+    `open_stream`."""
+    if (aim := config.tuning.objective) != "pretrain":
+        raise ConfigError(f"tuning.objective={aim} reads rows at every start: nothing to prepare")
+    tokenizer = load(config)
     for split in splits:
         start = time.perf_counter()
-        stream = open_stream(config, split, tokenizer, processes)
-        if isinstance(stream, Conversations):
-            raise ConfigError(
-                f"tuning.objective={config.tuning.objective} reads rows at every start: nothing to prepare"
-            )
-        counts = stream.counts
+        counts = open_stream(config, split, tokenizer, processes).counts
         yield (
             f"{split}: {counts.tokens:,} tokens of {counts.documents:,} documents, {counts.bytes:,} bytes of text, "
             f"{time.perf_counter() - start:.1f} s"

@@ -7,6 +7,7 @@ import types
 
 import numpy as np
 import pytest
+from absl import flags
 
 from bigmac_jax.config import ConfigError
 from bigmac_jax.data import pipeline, token_cache
@@ -20,7 +21,8 @@ from bigmac_jax.data.pipeline import (
     shuffle_windows,
     text_stream,
 )
-from bigmac_jax.data.tokenizer import ByteTokenizer
+from bigmac_jax.data.tokenizer import ByteTokenizer, train_bpe
+from bigmac_jax.tuning.pretrained import Pretrained
 
 LENGTH, BATCH = 16, 8
 WHOLE = {"validation_source": "-", "test_source": "-"}  # nothing is held out of the text
@@ -198,3 +200,28 @@ def test_what_is_prepared_is_told(text_file, make_config, tmp_path, monkeypatch)
     object.__setattr__(tuned.tuning, "objective", "sft")
     with pytest.raises(ConfigError, match=r"tuning\.objective=sft reads rows at every start: nothing to prepare"):
         list(prepare(tuned, ["train"]))
+
+
+@pytest.mark.parametrize("given", [0, 1])
+def test_prepares_for_a_run_that_begins_with_a_model(
+    tmp_path, text_file, make_config, monkeypatch, caplog, capsys, command, given
+):
+    """With that one's tokenizer, which the run takes, and its config unless one is given."""
+    program = command("data")
+    (tmp_path / "tokenizer.json").write_text(train_bpe([text_file.read_text()], 270))
+    there = make_config("", tokenizer=str(tmp_path / "tokenizer.json"), vocab_size=300)
+    monkeypatch.setattr(program, "open_pretrained", lambda place: Pretrained(place, "4", "", there))
+    fields = ["train.init_from=there", f"data.source={text_file}", f"cache_dir={tmp_path}/cache"]
+    monkeypatch.setattr(program.cli, "OVERRIDES", [*fields, "optimizer.momentum=0.9"])
+    monkeypatch.setattr(program.cli, "ARGUMENTS", ["prepare"])
+    monkeypatch.setattr(flags.FLAGS["config"], "present", given)
+    for name, value in {"_CONFIG": "tiny", "_SPLITS": ["validation"], "_PROCESSES": 1}.items():
+        monkeypatch.setattr(program, name, types.SimpleNamespace(value=value))
+    monkeypatch.setattr(
+        program, "prepare", lambda config, *args: [str(config.model.vocab_size), *prepare(config, *args)]
+    )
+    program.main()
+    size, line = capsys.readouterr().out.splitlines()
+    assert size == ("8192" if given else "300")
+    assert line.startswith("validation: ") and not (tmp_path / "cache" / "tokenizers").exists()
+    assert caplog.messages[0] == "set, but not read: optimizer.momentum=0.9 (optimizer.name=adamw)"
