@@ -119,7 +119,7 @@ class Cluster:
         return sent / rate
 
     def _ring(self, ranks: int, stride: int) -> float:
-        """Links that so many chips, every `stride`-th of the slice, have to send around on: those of their own block. Chips
+        """Links on which so many chips, every `stride`-th of the slice, send around: those of their own block. Chips
         that make none go along a line."""
         assert self.slice is not None
         return parts(parts(self.slice, stride)[1], ranks)[0].ring_links() or 1.0

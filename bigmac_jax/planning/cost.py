@@ -3,6 +3,7 @@
 Nothing here is measured. What is sent is a function of a `Setting`.
 """
 
+import math
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -10,7 +11,7 @@ from bigmac_jax.config import Config, ConfigError, ModelConfig
 from bigmac_jax.model import counts
 from bigmac_jax.model.choose_exchange import choose_exchange
 from bigmac_jax.model.counts import Parameters, Sizes, parameters
-from bigmac_jax.model.exchange import Gather, Hierarchical
+from bigmac_jax.model.exchange import Gather, Hierarchical, Ragged
 from bigmac_jax.model.memory import host_memory
 from bigmac_jax.model.mesh import ExpertGroup
 from bigmac_jax.model.traffic import (
@@ -100,7 +101,7 @@ def make_job(config: Config, sizes: Sizes, hardware: Hardware, topology: Torus |
         imbalance=imbalance,
         updated=setting.count.updated_of_a_rank,
         accumulated=setting.count.trained_of_a_rank,
-        exchange=exchange_seconds(setting) * imbalance,
+        exchange=exchange_seconds(setting, imbalance),
         tensor_sent=tensor_seconds(setting),
         gathers=gather_seconds(setting),
         gradients=gradient_seconds(setting),
@@ -157,13 +158,14 @@ def flops_outside_kernels(config: Config) -> float:
 _ADDED = {"*": ("attention",), "M": ("mamba",), "-": ("mlp",), "E": ("shared", "projections")}
 
 
-def exchange_seconds(setting: Setting) -> float:
-    """Seconds of a step's exchanges when nothing runs beside them."""
+def exchange_seconds(setting: Setting, imbalance: float = 1.0) -> float:
+    """Seconds of a step's exchanges when nothing runs beside them; `imbalance` as in `Job`."""
     config, here, group = setting.config, setting.here, setting.group
     m = config.model
     if not m.is_moe or here.group == 1:
         return 0.0
-    exchange = choose_exchange(config, m.capacity_factor, tokens_at_a_time(config, here.ranks), group)
+    at_a_time = tokens_at_a_time(config, here.ranks)
+    exchange = choose_exchange(config, m.capacity_factor, at_a_time, group)
     traffic = exchange_traffic(config, here.ranks, group)
     payload, metadata = (sent.times(1 / here.ranks) for sent in (traffic.padded, traffic.metadata))
     if isinstance(exchange, Gather):
@@ -173,7 +175,14 @@ def exchange_seconds(setting: Setting) -> float:
         around = sum(payload) if adds_on_the_way else sum(payload) / 2
         flat = payload.times(1 - around / sum(payload)).plus(metadata)
         return here.around(around, here.group, here.tensor) + here.exchange(flat, traffic.exchanges)
-    return here.exchange(payload.plus(metadata), traffic.exchanges, isinstance(exchange, Hierarchical))
+    even = here.exchange(payload.plus(metadata), traffic.exchanges, isinstance(exchange, Hierarchical))
+    if isinstance(exchange, Ragged):
+        return imbalance * even
+    # Buffers are as large whatever the routing is. What they have no room for takes further rounds, each as long as the
+    # first; the backward pass goes through their forward pass again.
+    rounds = min(exchange.most_rounds(at_a_time, m.choices), math.ceil(round(imbalance / exchange.buffer_factor, 6)))
+    forward = counts.forward_passes(config) + exchanges_again(config)
+    return even * (1 + max(0, rounds - 1) * (1 + 1 / (1 + forward)))
 
 
 def tensor_seconds(setting: Setting) -> float:
