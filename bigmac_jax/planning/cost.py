@@ -3,6 +3,7 @@
 Nothing here is measured. What is sent is a function of a `Setting`.
 """
 
+import functools
 import math
 from dataclasses import dataclass, replace
 from typing import NamedTuple
@@ -13,7 +14,7 @@ from bigmac_jax.model.choose_exchange import choose_exchange
 from bigmac_jax.model.counts import Parameters, Sizes, parameters
 from bigmac_jax.model.exchange import Gather, Hierarchical, Ragged
 from bigmac_jax.model.memory import host_memory
-from bigmac_jax.model.mesh import ExpertGroup
+from bigmac_jax.model.mesh import TENSOR, ExpertGroup
 from bigmac_jax.model.traffic import (
     computed_rows,
     exchange_traffic,
@@ -248,8 +249,13 @@ def parameter_bytes(config: Config, count: Parameters) -> SharedBytes:
 def _shared_numbers(config: Config, count: Parameters) -> tuple[int, int, int]:
     """Parameters that all ranks share, that mesh.tensor splits, of the experts. A table of tokens that is read and
     written with counts twice, as its gradient is summed once for each."""
-    m, parts = config.model, count.parts
-    table, experts = m.vocab_size * m.hidden_size, parts.get("experts", 0)
-    split = sum(parts.get(part, 0) for part in ("attention", "mlp")) + 2 * table
-    everyone = count.computed - experts - split + (table if m.tie_embeddings else 0)
-    return everyone, split, experts
+    m, experts = config.step_model, count.parts.get("experts", 0)
+    split = _split_numbers(m, config.data.sequence_length)
+    twice = m.vocab_size * m.hidden_size if m.tie_embeddings else 0
+    return count.computed - experts - split, split + twice, experts
+
+
+@functools.lru_cache(maxsize=64)
+def _split_numbers(m: ModelConfig, length: int) -> int:
+    """Parameters that declare `tensor`, but for experts."""
+    return sum(math.prod(shape) for of, shape in counts.declarations(m, False, length) if TENSOR in of.split)

@@ -310,6 +310,15 @@ def test_gradients_in_half_precision(tied: bool) -> None:
     assert parameter_bytes(half, count) == (2 * rest, 2 * split, 2 * experts)  # a wider gather gives the same numbers
 
 
+def test_what_declares_tensor_is_split_over_it() -> None:
+    """Mamba's matrices and vectors, attention but for the bias behind it, tables, and no more."""
+    c = config(blocks="M*E", mamba_heads=4, mamba_head_dim=8, mamba_groups=2, mamba_state=8, use_bias=True)
+    count = counts.parameters(c, sizes())
+    split = count.parts["mamba"] + count.parts["attention"] - 2 * 64 + 2 * 257 * 64
+    assert gradient_bytes(c, count).tensor == 4 * split
+    assert sum(gradient_bytes(c, count)) == 4 * (count.total + 257 * 64)  # of the tied table both
+
+
 def on_mesh(c: Config, **mesh: Any) -> Config:
     return replace(c, mesh=MeshConfig(data=1, **mesh))
 
