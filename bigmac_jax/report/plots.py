@@ -27,7 +27,7 @@ def write_report(workdir: pathlib.Path) -> pathlib.Path | None:
         f"{config.model.structure}, {config.model.depth} layers, width {config.model.hidden_size}, "
         f"step {training[-1]['step']:,} of {config.train.steps:,}"
     )
-    _losses(axes[0, 0], training, evaluations)
+    _losses(axes[0, 0], training, evaluations, config.tuning.objective == "dpo")
     _throughput(axes[1, 1], training)
     if "moe/load" in training[-1]:
         _load(figure, axes[0, 1], training[-1])
@@ -41,13 +41,15 @@ def write_report(workdir: pathlib.Path) -> pathlib.Path | None:
     return path
 
 
-def _losses(axis: Axes, training: Records, evaluations: Records) -> None:
+def _losses(axis: Axes, training: Records, evaluations: Records, of_pairs: bool) -> None:
+    """Draws the losses of training, and beside them those of validation, unless they are of another kind."""
     axis.plot(_column(training, "step"), _column(training, "loss"), lw=1, alpha=0.6, label="training")
     if evaluations:
         best = min(evaluations, key=lambda r: r["eval/loss"])
-        axis.plot(_column(evaluations, "step"), _column(evaluations, "eval/loss"), "o-", ms=4, label="validation")
         axis.set_title(f"best validation perplexity {best['eval/perplexity']:.2f} at step {best['step']:,}")
-    axis.set(xlabel="step", ylabel="loss, nats a token")
+    if evaluations and not of_pairs:
+        axis.plot(_column(evaluations, "step"), _column(evaluations, "eval/loss"), "o-", ms=4, label="validation")
+    axis.set(xlabel="step", ylabel="DPO loss, a pair" if of_pairs else "loss, nats a token")
     axis.grid(alpha=0.3)
     axis.legend()
 

@@ -26,6 +26,11 @@ class Run:
     seconds: dict[str, float] = dataclasses.field(default_factory=dict)  # by where the time went, in all starts
 
     @property
+    def of_pairs(self) -> bool:
+        """Whether the training loss is DPO's, of a pair of answers: the validation loss is of a token all the same."""
+        return self.config.tuning.objective == "dpo"
+
+    @property
     def fields(self) -> dict[str, Any]:
         """The config by full name, such as "model.top_k"."""
         return {name: value for name, value in flat_values(self.config).items() if name != "cache_dir"}

@@ -19,10 +19,12 @@ _LONGEST, _MOST = 1e9, 2.0**62  # seconds of a step, and tokens; a damaged recor
 
 def chart_data(run: Run) -> dict[str, Any]:
     """JSON for the page's charts. Every curve is over steps; `clock` says which tokens and hours a step had."""
+    renamed = {"loss": "dpo/loss"} if run.of_pairs else {}
+    series = {renamed.get(key, key): curve for key, curve in curves(run.training).items()}
     return {
         "name": run.name,
         "clock": clock(run.training),
-        "series": curves(run.training) | curves(run.evaluations),
+        "series": series | curves(run.evaluations),
         "events": [{"step": r["step"], "event": r["event"]} for r in run.events],
         "load": expert_load(run.training),
     }

@@ -25,7 +25,7 @@ def facts(run: Run) -> dict[str, str]:
     last, model, planned = run.training[-1], run.config.model, run.config.train.steps
     scores = [r for r in run.evaluations if r.get("eval/perplexity") is not None]
     best = min(scores, key=lambda r: r["eval/perplexity"], default=None)
-    events = [r["event"] for r in run.events]
+    events, loss = [r["event"] for r in run.events], _show(last["loss"], "{:.4f}".format)
     return {
         "structure": model.structure,
         "layers × width": f"{model.depth} × {model.hidden_size}",
@@ -34,7 +34,8 @@ def facts(run: Run) -> dict[str, str]:
         "steps": f"{last['step']:,}" + (f" of {planned:,}" if planned != last["step"] else ""),
         "tokens": _show(last.get("tokens"), units.count),
         "time of training steps": units.elapsed(3600 * clock(run.training)["hours"][-1]),
-        "training loss, last": _show(last["loss"], "{:.4f}".format),
+        "training loss, last": NONE if run.of_pairs else loss,
+        "DPO loss of a pair, last": loss if run.of_pairs else NONE,
         "validation perplexity, last": f"{scores[-1]['eval/perplexity']:.2f}" if scores else NONE,
         "validation perplexity, best": f"{best['eval/perplexity']:.2f} at step {best['step']:,}" if best else NONE,
         "windows by source": _by_source(last, "tokens/", lambda tokens, whole: f"{tokens / whole:.1%}"),

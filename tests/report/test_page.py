@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from bigmac_jax.config import Config, ConfigError, ModelConfig
+from bigmac_jax.config import Config, ConfigError, ModelConfig, TrainConfig, TuningConfig
 from bigmac_jax.report.page import page, write_page
 from bigmac_jax.report.runs import Run, read_runs
 from bigmac_jax.report.series import POINTS, curves, expert_load, thin
@@ -143,6 +143,22 @@ def test_tables(runs: list[Run]) -> None:
     assert tags.count("table") == tags.count("thead") == 3
     assert tags.index("details") > [a.get("class") for _, a in seen.elements].index("differs")  # equal ones come last
     assert seen.texts["strong"][0] == "≠ dense"
+
+
+def test_losses_of_pairs_and_of_tokens_are_two_charts(runs: list[Run]) -> None:
+    """DPO's is no curve that its validation loss, of a token, could be a marker of."""
+    train, tuning = TrainConfig(init_from="there"), TuningConfig(objective="dpo")
+    data = dataclasses.replace(MOE.data, source="pairs.jsonl", documents="masked", packing="best_fit")
+    tuned = dataclasses.replace(runs[0], config=dataclasses.replace(MOE, train=train, tuning=tuning, data=data))
+    seen = Seen(page([tuned, runs[1]]))
+    dpo, dense = (run["series"] for run in seen.data())
+    assert dpo["dpo/loss"]["value"][0] == 4.9 and "loss" not in dpo and "eval/loss" in dpo
+    assert "loss" in dense and "dpo/loss" not in dense
+    marks = {a["data-key"]: a.get("data-marks") for _, a in seen.elements if "data-key" in a}
+    assert (marks["loss"], marks["dpo/loss"]) == ("eval/loss", None)
+    rows = {"training loss, last": "–", "DPO loss of a pair, last": "4.0000"}
+    assert facts(tuned) | rows == facts(tuned)
+    assert facts(runs[0])["DPO loss of a pair, last"] == "–" and "DPO loss of a pair, last" not in page(runs)
 
 
 def test_names_are_escaped(tmp_path: pathlib.Path) -> None:

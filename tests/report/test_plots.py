@@ -6,10 +6,11 @@ from typing import Any
 
 import matplotlib.image
 import pytest
+from matplotlib.figure import Figure
 
 from bigmac_jax.config import Config
 from bigmac_jax.report.page import page
-from bigmac_jax.report.plots import write_report
+from bigmac_jax.report.plots import _losses, write_report
 from bigmac_jax.report.runs import read_runs
 from bigmac_jax.training.metrics_file import drop_records, read_records
 
@@ -47,6 +48,15 @@ def test_a_picture(tmp_path: pathlib.Path, records: list[dict[str, Any]]) -> Non
     pixels = matplotlib.image.imread(path)
     assert pixels.shape[:2] == (880, 1320) and pixels.std() > 0.05
     assert read_records(tmp_path) == records
+
+
+@pytest.mark.parametrize("of_pairs", [False, True])
+def test_the_losses_of_one_curve_are_alike(of_pairs: bool) -> None:
+    axis = Figure().subplots()
+    _losses(axis, [training(1), training(2)], [evaluation(2, 3.0)], of_pairs)
+    assert [line.get_label() for line in axis.get_lines()] == (["training"] if of_pairs else ["training", "validation"])
+    assert axis.get_ylabel() == ("DPO loss, a pair" if of_pairs else "loss, nats a token")
+    assert axis.get_title() == "best validation perplexity 3.00 at step 2"
 
 
 WRONG = [
