@@ -19,7 +19,7 @@ from bigmac_jax.config.names import nearest, question
 from bigmac_jax.config.reads import context_notes
 from bigmac_jax.data.chat_files import read_chat_folder
 from bigmac_jax.data.conversations import Conversations
-from bigmac_jax.interchange import Trained, choose_format, export_model, import_run
+from bigmac_jax.interchange import Trained, choose_format, export_model, import_run, tensor_files
 from bigmac_jax.model.transformer import without_next_tokens
 from bigmac_jax.runtime import hosts, storage
 from bigmac_jax.training.history import history_before, history_with, model_name
@@ -71,6 +71,10 @@ def _export(workdir: pathlib.Path) -> None:
         saved = read_config(workdir)
         meshed = with_mesh(saved, cli.OVERRIDES)
         peft = _FORMAT.value == "peft"
+        tensor_files.parse_dtype(_DTYPE.value)
+        tensor_files.parse_size(_MAX_SHARD_SIZE.value)
+        if peft and _MAX_SHARD_SIZE.value != _MAX_SHARD_SIZE.default:
+            raise ConfigError("--max_shard_size: PEFT reads adapters from one file; drop it, or use --format=auto")
         choose_format(saved, "auto" if peft else _FORMAT.value)  # before the model is read
         storage.locate(_OUTPUT.value, "--output")
         tokenizer = load_run_tokenizer(workdir, saved)
@@ -79,8 +83,9 @@ def _export(workdir: pathlib.Path) -> None:
     if peft:
         run = restore_parts(workdir, _STEP.value, meshed)
         base = open_init_from(workdir, run.config).config
-        numbers = export_adapters(run, _OUTPUT.value, base, lambda: read_base(workdir, run.config))
-        hosts.say(f"{_OUTPUT.value}: {numbers:,} parameters of adapters, for peft.PeftModel.from_pretrained")
+        numbers = export_adapters(run, _OUTPUT.value, base, lambda: read_base(workdir, run.config), _DTYPE.value)
+        of = f"{numbers:,} parameters of adapters, {_DTYPE.value}"
+        hosts.say(f"{_OUTPUT.value}: {of}, for peft.PeftModel.from_pretrained")
         return
     _, model, step, loss = restore_step(workdir, _STEP.value, meshed)
     kind = export_model(

@@ -84,9 +84,7 @@ def export_model(
       ConfigError: no equivalent, or `output` is there already or cannot be written.
     """
     output = storage.absolute(storage.locate(output, "--output"))
-    if dtype not in DTYPES:
-        raise ConfigError(f"--dtype={dtype} must be one of {', '.join(DTYPES)}{ask(dtype, list(DTYPES))}")
-    size = tensor_files.parse_size(max_shard_size)
+    given, size = tensor_files.parse_dtype(dtype), tensor_files.parse_size(max_shard_size)
     name = choose_format(config, format)
     with hosts.raise_together():  # now: later the other processes would wait for this one
         if hosts.is_first():
@@ -100,7 +98,7 @@ def export_model(
     config, model = plain_router(config, model)
     layout, leaves = FORMATS[name], named_leaves(model)
     tensors = list(layout.tensors(config.model, leaves))
-    dtypes = {tensor.name: DTYPES["float32" if tensor.exact else dtype] for tensor in tensors}
+    dtypes = {tensor.name: DTYPES["float32"] if tensor.exact else given for tensor in tensors}
     specs = [Spec(stored, shape, dtypes[stored]) for stored, shape in stored_shapes(tensors, leaves).items()]
     arrays = _read_values(tensors, leaves)
     if not hosts.is_first():

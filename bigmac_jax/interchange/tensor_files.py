@@ -17,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from bigmac_jax.config import ConfigError, read_object
+from bigmac_jax.config.names import ask
 from bigmac_jax.runtime import signals, storage
 
 INDEX = "model.safetensors.index.json"
@@ -37,6 +38,13 @@ class Spec(NamedTuple):
     @property
     def bytes(self) -> int:
         return math.prod(self.shape) * self.dtype.itemsize
+
+
+def parse_dtype(name: str) -> np.dtype[Any]:
+    """The dtype that --dtype names."""
+    if name not in DTYPES:
+        raise ConfigError(f"--dtype={name} must be one of {', '.join(DTYPES)}{ask(name, list(DTYPES))}")
+    return DTYPES[name]
 
 
 def parse_size(text: str) -> int:

@@ -66,7 +66,11 @@ class _Place:
 
 
 def export_adapters(
-    run: Restored, output: str | pathlib.Path, base_config: Config, read_base: Callable[[], nnx.State]
+    run: Restored,
+    output: str | pathlib.Path,
+    base_config: Config,
+    read_base: Callable[[], nnx.State],
+    dtype: str = "float32",
 ) -> int:
     """Writes the adapters of a checkpoint → how many parameters they have. With several processes, all must call it.
 
@@ -74,12 +78,13 @@ def export_adapters(
       base_config: of the model that they were trained on.
       read_base: the parameters that the adapters were trained on. It is called only if some go whole: NemotronH's
         out_proj.
+      dtype: float32, bfloat16 or float16, of the tensors, but for those of a router that the class has in float32.
 
     Raises:
       ConfigError: a run without adapters, some that PEFT has no place for, a run whose model is another one without
         them than its base, or `output` is there already.
     """
-    config = run.config
+    config, given = run.config, tensor_files.parse_dtype(dtype)
     if not config.tuning.lora_rank:
         raise ConfigError("--format=peft is of adapters, and this run trains the whole model; use --format=auto")
     output = storage.absolute(storage.locate(output, "--output"))
@@ -97,8 +102,11 @@ def export_adapters(
     values: dict[str, np.ndarray] = {}
     for place in places:
         found = _whole(config, place, adapters, base) if place.whole else _pair(place, adapters)
-        inside = ".base_layer" * _depth(place, places)
-        values |= {f"{_PREFIX}{place.module}{inside}.{name}": value for name, value in found.items()}
+        inside, exact = ".base_layer" * _depth(place, places), place.parts[0].exact
+        values |= {
+            f"{_PREFIX}{place.module}{inside}.{name}": value if exact else value.astype(given)
+            for name, value in found.items()
+        }
     if hosts.is_first():
         with tensor_files.whole_or_nothing(output) as directory:
             save_file(values, directory / "adapter_model.safetensors", metadata={"format": "pt"})

@@ -3,6 +3,7 @@
 import json
 import pathlib
 import shutil
+import types
 import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -19,6 +20,7 @@ from bigmac_jax.interchange import export_model, exporting, import_model, import
 from bigmac_jax.interchange.importing import find_tokenizer
 from bigmac_jax.interchange.tensor_files import Spec, parse_size, split_shards, whole_or_nothing, write_shards
 from bigmac_jax.interchange.tokenizer_files import write_tokenizer
+from bigmac_jax.training.workdir import write_config
 from bigmac_jax.tuning import restore
 from bigmac_jax.tuning.conversion.converted_run import new_run_config
 
@@ -232,6 +234,27 @@ def test_bad_arguments(exported: Any, tmp_path: pathlib.Path, arguments: dict[st
     with on_mesh(config), pytest.raises(ConfigError, match=line):
         export_model(config, model, tmp_path / "out", **arguments)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("flags", "line"),
+    [
+        ({"DTYPE": "int8"}, "--dtype=int8 must be one of float32"),
+        ({"MAX_SHARD_SIZE": "0"}, "--max_shard_size=0 must be a size"),
+        ({"MAX_SHARD_SIZE": "1MB", "FORMAT": "peft"}, "--max_shard_size: PEFT reads adapters from one file; drop it"),
+    ],
+)
+def test_the_command_reads_nothing_for_bad_arguments(
+    command: Any, tmp_path: pathlib.Path, flags: dict[str, str], line: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    program = command("convert")
+    write_config(config_of("bigmac"), tmp_path)
+    values = {"FORMAT": "auto", "DTYPE": "bfloat16", "MAX_SHARD_SIZE": "5GB"} | flags
+    for name, value in values.items():
+        monkeypatch.setattr(program, f"_{name}", types.SimpleNamespace(value=value, default="5GB"))
+    monkeypatch.setattr(program, "load_run_tokenizer", lambda *_: pytest.fail("is read"))
+    with pytest.raises(ConfigError, match=line):
+        program._export(tmp_path)
 
 
 def test_an_export_is_whole_or_nothing(exported: Any, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,6 +9,7 @@ import pytest
 from flax import nnx
 from interchange.tools import HYBRID, HYBRIDS, MODELS, our_logits
 from model.tools import abstract_model, on_mesh, random_model, random_tokens, tiny
+from safetensors.numpy import load_file
 
 from bigmac_jax.config import Config, ConfigError, TuningConfig
 from bigmac_jax.interchange import choose_format, export_model
@@ -64,8 +65,14 @@ def test_adapters_in_its_layout(name: str, tmp_path: pathlib.Path) -> None:
         )
         run = Restored(config, graphdef, adapters, rest, base, 1, None)
         numbers = export_adapters(run, tmp_path / "adapters", plain, lambda: base)
+        assert export_adapters(run, tmp_path / "half", plain, lambda: base, "bfloat16") == numbers
         ours = our_logits(nnx.merge(graphdef, merged(attached(config, base, adapters)), rest), tokens)
     assert numbers == sum(leaf.size for leaf in jax.tree.leaves(adapters))
+    whole, half = (load_file(tmp_path / of / "adapter_model.safetensors") for of in ("adapters", "half"))
+    for key, value in whole.items():
+        exact = kind != "qwen3_moe" and (".gate." in key or ".router." in key)
+        assert half[key].dtype == (np.float32 if exact else jax.numpy.bfloat16), key
+        np.testing.assert_array_equal(half[key], value if exact else value.astype(jax.numpy.bfloat16), err_msg=key)
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base", trust_remote_code=True)
     tuned = peft.PeftModel.from_pretrained(theirs, tmp_path / "adapters").eval()
     with torch.no_grad():
