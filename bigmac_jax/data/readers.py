@@ -1,5 +1,6 @@
 """Reads the documents of one file, or of a slice of it, by its kind. Every error names the file and the place in it."""
 
+import codecs
 import csv
 import functools
 import io
@@ -19,6 +20,9 @@ from bigmac_jax.data.text_field import TextField
 from bigmac_jax.runtime import storage
 
 _SPACE = re.compile(r"[ \t\r\n]*")
+# What stands for bytes that are not UTF-8 until it is known whose they are: no UTF-8 gives it.
+_MARK, _MARKED = "bigmac_jax.mark", "\udfff"
+codecs.register_error(_MARK, lambda error: (_MARKED, error.end))  # type: ignore[attr-defined]
 _parse_json = json.JSONDecoder().raw_decode
 Contents = Iterator[tuple[str, Content, bool]]
 
@@ -150,26 +154,23 @@ def _read_values(file: io.BufferedReader, name: str) -> Iterator[tuple[Any, bool
             text.at += 1
             text.next_character()
         number += 1
-        yield text.next_value(f"{name} entry {number}"), text.whole
-        text.whole = True
+        yield text.next_value(f"{name} entry {number}")
     if in_array:
         raise ConfigError(f"{name} is cut off behind entry {number}; bring back a good copy")
 
 
 class _JsonText:
-    """A file's text around the place `at`, read as far as needed; `whole`: no bytes were replaced since it was set."""
+    """A file's text around the place `at`, read as far as needed."""
 
     def __init__(self, file: io.BufferedReader):
         self._file, self._left, self._ended = file, b"", False
-        self._text, self.at, self.whole = "", 0, True
+        self._text, self.at = "", 0
 
     def _read_on(self, size: int) -> None:
         block = self._file.read(size)
         self._ended = not block
         block, self._left = (self._left, b"") if self._ended else split_last_character(self._left + block)
-        text, whole = decode(block)
-        self.whole &= whole
-        self._text, self.at = self._text[self.at :] + text, 0
+        self._text, self.at = self._text[self.at :] + block.decode(errors=_MARK), 0
 
     def next_character(self) -> str:
         """Goes on to the next character that is not white space; "" at the end."""
@@ -179,8 +180,8 @@ class _JsonText:
                 return self._text[self.at : self.at + 1]
             self._read_on(kinds.BLOCK)
 
-    def next_value(self, place: str) -> Any:
-        """Parses the value at the place, and goes on behind it."""
+    def next_value(self, place: str) -> tuple[Any, bool]:
+        """Parses the value at the place, and goes on behind it → the value, and whether its bytes were UTF-8."""
         size, end = kinds.BLOCK, 0
         while True:
             try:
@@ -193,8 +194,10 @@ class _JsonText:
             if (end or len(self._text)) - self.at > kinds.LONGEST:
                 raise ConfigError(f"{place} {kinds.TOO_LONG}")
             if end:
-                self.at = end
-                return value
+                start, self.at = self.at, end
+                if self._text.find(_MARKED, start, end) < 0:
+                    return value, True
+                return _parse_json(self._text[start:end].replace(_MARKED, "\ufffd"))[0], False
             self._read_on(size)
             size *= 2  # little of a long value is parsed twice
 

@@ -7,6 +7,7 @@ import gzip
 import io
 import json
 import pathlib
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -281,6 +282,33 @@ def test_rows_without_a_text_are_left_out_and_counted(name, tmp_path, make_confi
     (tmp_path / name).write_bytes(content_of(name, [None]))
     with pytest.raises(ConfigError, match=r"0 documents with text \(0 empty, 1 rows without data\.text_field\)"):
         tokens(make_config, tmp_path / name, null_rows="skip")
+
+
+@pytest.mark.parametrize("block", [1, 7, 1 << 20])
+@pytest.mark.parametrize(
+    "entries",
+    [
+        [b'{"text": "good"}', b'{"text": "bad \xff two"}', b'{"text": "cut \xf0\x9f three"}'],
+        [b'{"text": ""}', b'{"text": "bad \xff\xff two"}', b'{"text": "bad \xfe three"}', b'{"text": "good \\udc80"}'],
+        [b'{"text": "good"}', b'{"text": "good", "other": "bad \xff"}', b'{"text": "\xc3\xa9 good"}'],
+    ],
+)
+def test_an_entry_is_charged_with_its_own_bytes_alone(entries, block, tmp_path, make_config, monkeypatch, caplog):
+    """As a line is, however many stand in a block."""
+    monkeypatch.setattr(kinds, "BLOCK", block)
+    contents = {
+        "a.jsonl": b"\n".join(entries),
+        "a.json": b"[" + b", ".join(entries) + b"]",
+        "b.json": b"".join(entries),
+    }
+    for name, content in contents.items():
+        (tmp_path / name).write_bytes(content)
+    texts = {
+        name: list(open_documents(make_config(tmp_path / name, **OWN).data, "train", tmp_path)) for name in contents
+    }
+    assert texts["a.json"] == texts["b.json"] == texts["a.jsonl"]
+    counts = [re.search(r"(\d+) documents hold bytes", message) for message in caplog.messages]
+    assert len({count and count[1] for count in counts}) == 1 and len(counts) == 3
 
 
 def test_a_line_of_a_part_is_counted_from_the_files_start(tmp_path, make_config, monkeypatch):
