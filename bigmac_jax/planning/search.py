@@ -14,6 +14,7 @@ from bigmac_jax.config.section import flat_values
 from bigmac_jax.model import counts
 from bigmac_jax.planning.candidates import Axes, Machine, Variant, variants
 from bigmac_jax.planning.cost import Times, step_time
+from bigmac_jax.planning.drops import drop_notes
 
 NEAREST = 12  # candidates that don't fit and are timed all the same
 MORE_DEVICES = (2, 4, 8, 16, 32, 64)
@@ -33,8 +34,7 @@ def search(config: Config, machine: Machine) -> list[Candidate]:
     that don't, by memory.
 
     They differ in mesh, fsdp, split_experts, exchange, overlap_chunks, remat, offload_optimizer and accumulate_steps.
-    None of these changes what is computed, except for drops (which rows a full expert drops depends on the ranks) and
-    what `part_notes` names.
+    None of these changes what is computed, but for what `drop_notes` and `part_notes` name.
 
     Raises:
       ConfigError: no mesh of so many devices is valid.
@@ -138,7 +138,7 @@ def describe(config: Config, machine: Machine) -> tuple[Config, dict[str, Any]]:
         "best": {
             "fits": best.fits,
             "flags": flags(config, best.config),
-            "notes": part_notes(config, best.config),
+            "notes": drop_notes(config, best.config) + part_notes(config, best.config),
             "tokens_per_s": best.times.tokens_per_s,
             "memory": sum(best.memory.values()),
             "headroom": best.headroom,
