@@ -12,6 +12,7 @@ from bigmac_jax.config import Config, ConfigError, strict_json, with_mesh
 from bigmac_jax.config.names import ask
 from bigmac_jax.config.reads import evaluation_notes
 from bigmac_jax.data.conversations import Conversations
+from bigmac_jax.data.corpus import has_splits
 from bigmac_jax.data.pipeline import count_targets, text_stream
 from bigmac_jax.data.splits import SPLITS
 from bigmac_jax.data.token_cache import TokenStream
@@ -19,6 +20,7 @@ from bigmac_jax.data.tokenizer import Tokenizer
 from bigmac_jax.evaluation.loglikelihood import check_windows
 from bigmac_jax.evaluation.perplexity import evaluate
 from bigmac_jax.evaluation.sources import has_own_sources, open_sources, report_sources
+from bigmac_jax.evaluation.tasks.definitions import load_task
 from bigmac_jax.evaluation.tasks.task_jobs import Job, describe_scores, open_jobs, score_jobs
 from bigmac_jax.model.resident import check_resident, hold, is_resident, with_resident
 from bigmac_jax.model.transformer import Transformer
@@ -39,7 +41,7 @@ _SOURCES = flags.DEFINE_list(
 )
 _TASKS = flags.DEFINE_list("tasks", [], "Score these instead of a split: names of tasks, or paths of .toml files.")
 _TASK_DATA = flags.DEFINE_multi_string("task_data", [], "NAME=PATH, the rows of a task from a file; repeat for more.")
-_LIMIT = flags.DEFINE_integer("limit", 0, "Rows of each task at most; 0 = all.", lower_bound=0)
+_LIMIT = flags.DEFINE_integer("limit", 0, "Rows of each task at most, or documents; 0 = all.", lower_bound=0)
 _LENGTH = flags.DEFINE_integer("length", 0, "Tokens the model is given at most; 0 takes the run's.", lower_bound=0)
 _STRIDE = flags.DEFINE_integer(
     "stride", 0, "Slide windows by so many tokens, each of which is given --length - --stride; 0 = no overlap.", 0
@@ -109,16 +111,35 @@ def _choose(trained: Trained) -> Callable[[], Outcome]:
     given = [flag for flag, value in choices.items() if value]
     if len(given) > 1:
         raise ConfigError(f"{given[0]} and {given[1]} are two things to score; give one")
+    if not _TASKS.value and (_TASK_DATA.value or _LIMIT.value):
+        raise ConfigError("--task_data and --limit are of tasks; give --tasks=NAME,… too")
+    _check_used(trained.config)
     if not _TASKS.value:
-        if _TASK_DATA.value or _LIMIT.value:
-            raise ConfigError("--task_data and --limit are of tasks; give --tasks=NAME,… too")
         return functools.partial(_score_texts, trained, _open_texts(trained))
-    if _DOCUMENTS.value:
-        raise ConfigError("--documents is of a text; a task's questions never see each other; leave it out")
     config = use_saved_template(trained.workdir, trained.config)
     template = config.tuning.chat_template
     jobs = open_jobs(_TASKS.value, _TASK_DATA.value, _LIMIT.value, config, trained.tokenizer, trained.length, template)
     return functools.partial(_score_tasks, trained, jobs)
+
+
+def _check_used(config: Config) -> None:
+    """Raises ConfigError for a flag that was given and changes nothing about what is scored."""
+    tasks, file, sources = _TASKS.value, _TEXT_FILE.value, _SOURCES.value
+    unused: dict[str, str] = {}
+    if tasks:
+        unused = {"split": "is of texts", "documents": "is of a text; a task's questions never see each other"}
+        if all(load_task(name).kind != "perplexity" for name in tasks):
+            unused["stride"] = "is of texts and of perplexity tasks"
+    elif config.tuning.objective != "pretrain" and not file:
+        unused = dict.fromkeys(("stride", "documents"), "is of texts; rows of conversations are scored whole")
+    if file:
+        unused["split"] = "is of data sets; a file is scored as a whole"
+    elif sources and not has_own_sources(config, sources) and not any(map(has_splits, sources)):
+        unused["split"] = "is of data sets and of the run's own sources; files are scored as a whole"
+    for name, why in unused.items():
+        flag = flags.FLAGS[name]
+        if flag.present and flag.value:
+            raise ConfigError(f"--{name}={flag.value} {why}; leave it out")
 
 
 def _open_texts(trained: Trained) -> Streams:

@@ -1,21 +1,27 @@
 """Tasks: rows of each data set's form give the prompts that lm-evaluation-harness scores; bad rows are one line."""
 
+import contextlib
+import dataclasses
 import json
 import math
 import pathlib
+import re
+import warnings
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from absl import flags
 from threads_as_processes import run_as_processes
 from training.tools import ROOT
 
-from bigmac_jax.config import Config, ConfigError, DataConfig
+from bigmac_jax.config import Config, ConfigError, DataConfig, TuningConfig
 from bigmac_jax.data.pipeline import text_stream
 from bigmac_jax.data.tokenizer import ByteTokenizer
 from bigmac_jax.evaluation.loglikelihood import Result
+from bigmac_jax.evaluation.tasks import needle as needle_module
 from bigmac_jax.evaluation.tasks.definitions import TASKS, Needle, Task, load_task
 from bigmac_jax.evaluation.tasks.examples import Example, build_examples
 from bigmac_jax.evaluation.tasks.needle import build_needles, draw_needles
@@ -284,6 +290,56 @@ def test_processes_score_the_same(tmp_path: pathlib.Path, monkeypatch: pytest.Mo
             assert f"process 1 was started with {name}=" in str(error)
 
 
+def test_a_limit_is_of_what_is_counted(tmp_path: pathlib.Path) -> None:
+    """Of a perplexity task documents, however many rows each has; of needles some of every length and depth."""
+    file = write(tmp_path, "wiki.jsonl", [{"text": line} for line in (WIKI * 3).splitlines(keepends=True)])
+    for limit, count in ((1, 1), (3, 3), (0, 6), (9, 6)):
+        (job,) = open_jobs(["wikitext2"], [f"wikitext2={file}"], limit, CONFIG, ByteTokenizer(), 64)
+        assert len(job.examples) == count
+    (tmp_path / "hay.txt").write_text("A sentence of many. " * 80)
+    text = (pathlib.Path(needle_module.__file__).parent / "needle.toml").read_text()
+    (own := tmp_path / "own.toml").write_text(re.sub("haystack = .*", f'haystack = "{tmp_path}/hay.txt"', text))
+    (whole,) = open_jobs([str(own)], [], 0, CONFIG, ByteTokenizer(), 600)
+    cells = {example.cell for example in whole.examples}
+    for limit, seen in ((len(cells), len(cells)), (7, 7), (10**6, len(cells)), (len(whole.examples) - 1, len(cells))):
+        (job,) = open_jobs([str(own)], [], limit, CONFIG, ByteTokenizer(), 600)
+        assert len({example.cell for example in job.examples}) == seen
+        assert len(job.examples) == min(limit, len(whole.examples))
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (["--tasks=piqa", "--split=test"], "--split=test is of texts"),
+        (["--tasks=wikitext2,piqa", "--documents=masked"], "--documents=masked is of a text"),
+        (["--tasks=piqa,needle", "--stride=8"], "--stride=8 is of texts and of perplexity tasks"),
+        (["--tasks=piqa,wikitext2", "--stride=8"], ""),
+        (["--tasks=piqa", "--stride=0"], ""),
+        (["--text_file=a.txt", "--split=train"], "--split=train is of data sets; a file is scored as a whole"),
+        (["--text_file=a.txt", "--stride=8", "--documents=masked"], ""),
+        (["--sources=a.txt,b", "--split=train"], "--split=train is of data sets and of the run's own sources"),
+        (["--sources=a.txt,sotu", "--split=train", "--stride=8", "--documents=stream"], ""),
+        (["--split=train", "--stride=8"], ""),
+        (["tuned", "--stride=8"], "--stride=8 is of texts; rows of conversations are scored whole"),
+        (["tuned", "--sources=a.jsonl", "--documents=stream"], "--documents=stream is of texts; rows"),
+        (["tuned", "--text_file=a.txt", "--stride=8"], ""),
+        (["tuned", "--tasks=wikitext2", "--stride=8"], ""),
+        (["tuned", "--split=train"], ""),
+    ],
+)
+def test_flags_that_change_nothing_are_refused(given: list[str], message: str, command: Any) -> None:
+    program = command("eval")
+    tuning = TuningConfig(objective="sft") if given[0] == "tuned" else TuningConfig()
+    data = dataclasses.replace(CONFIG.data, documents="masked", packing="best_fit", source="a.jsonl")
+    config = dataclasses.replace(CONFIG, tuning=tuning, data=data)
+    flags.FLAGS(["eval", *given])
+    try:
+        with pytest.raises(ConfigError, match=re.escape(message)) if message else contextlib.nullcontext():
+            program._check_used(config)
+    finally:
+        flags.FLAGS.unparse_flags()
+
+
 def test_own_task(tmp_path: pathlib.Path) -> None:
     """A file beside its rows, and flags that contradict it."""
     (tmp_path / "own.toml").write_text(OWN + COLUMNS)
@@ -373,6 +429,11 @@ def test_needles(tmp_path: pathlib.Path) -> None:
     rows = [
         judge("needle", e, [Result(-1.0, i % 2 == 0, 4), *results(-2.0, -2.0, -2.0)]) for i, e in enumerate(examples)
     ]
+    # Some of the cells alone.
+    with warnings.catch_warnings(action="error"):
+        few = summarise("needle", rows[:2] + rows[8:10])["grid"]
+        assert few == {"lengths": [200, 400], "depths": [0.0, 0.5], "accuracy": [[0.5, None], [None, 0.5]]}
+        draw_needles(few, tmp_path / "few.png", "found")
     summary = summarise("needle", rows)
     assert summary["grid"] == {"lengths": [200, 400], "depths": [0.0, 0.5, 1.0], "accuracy": [[0.5] * 3] * 2}
     assert (summary["accuracy"], summary["accuracy_choice"]) == (0.5, 1.0)

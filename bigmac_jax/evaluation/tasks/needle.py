@@ -71,10 +71,11 @@ def draw_needles(grid: dict[str, Any], path: pathlib.Path, title: str) -> None:
     """Draws the share of needles found, `grid`, as a heat map of length and depth."""
     figure = Figure(figsize=(1.5 + len(grid["lengths"]), 4.5), layout="constrained")
     axis = figure.subplots()
-    values_DL = 100 * np.asarray(grid["accuracy"]).T
+    values_DL = 100 * np.asarray(grid["accuracy"], float).T
     image = axis.imshow(values_DL, cmap="RdYlGn", vmin=0, vmax=100, aspect="auto")
     for (row, column), value in np.ndenumerate(values_DL):
-        axis.text(column, row, f"{value:.0f}", ha="center", va="center")
+        if not np.isnan(value):  # where no needle was looked for
+            axis.text(column, row, f"{value:.0f}", ha="center", va="center")
     axis.set(xlabel="length, tokens", ylabel="depth of the needle, %", title=title)
     axis.set_xticks(range(len(grid["lengths"])), [f"{length:,}" for length in grid["lengths"]])
     axis.set_yticks(range(len(grid["depths"])), [f"{100 * depth:.0f}" for depth in grid["depths"]])

@@ -66,11 +66,12 @@ def macro_f1(answers: Sequence[int], predictions: Sequence[int]) -> float:
 
 
 def _grid(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """The share of needles that was found, by length and depth."""
+    """The share of needles that was found, by length and depth; None where there was none."""
     lengths, depths = sorted({row["length"] for row in rows}), sorted({row["depth"] for row in rows})
 
-    def share(length: int, depth: float) -> float:
-        return float(np.mean([row["found"] for row in rows if (row["length"], row["depth"]) == (length, depth)]))
+    def share(length: int, depth: float) -> float | None:
+        found = [row["found"] for row in rows if (row["length"], row["depth"]) == (length, depth)]
+        return sum(found) / len(found) if found else None
 
-    found = [[share(length, depth) for depth in depths] for length in lengths]
-    return {"lengths": lengths, "depths": depths, "accuracy": found}
+    shares = [[share(length, depth) for depth in depths] for length in lengths]
+    return {"lengths": lengths, "depths": depths, "accuracy": shares}

@@ -53,7 +53,7 @@ def open_jobs(
     Args:
       names: of `TASKS`, or paths of TOML files.
       data: NAME=PATH, rows for the task NAME from a file.
-      limit: rows of each task at most; 0 = all.
+      limit: rows of each task at most, or documents; of needles, spread over lengths and depths; 0 = all.
       length: tokens of a window.
       chat_template: a file, for tasks with chat=true; by default the one beside the tokenizer.
 
@@ -93,12 +93,15 @@ def _build(
 
         if path:
             raise ConfigError(f"--task_data={name}={path}: {name} makes its rows itself; leave it out")
-        return build_needles(task, config, tokenizer, length)[: limit or None]
+        needles = build_needles(task, config, tokenizer, length)
+        count = min(limit or len(needles), len(needles))
+        return [needles[i * len(needles) // count] for i in range(count)]  # of all lengths and depths
     source = path or task.source
     if not source:
         raise ConfigError(f"{name} is not in TFDS; give its rows with --task_data={name}=PATH")
     setting = f"--task_data={name}={path}" if path else f"{name}'s source={source}"
-    return build_examples(task, read_rows(source, task.split, limit, config.cache_dir, setting))
+    rows = 0 if task.kind == "perplexity" else limit  # a document may be of many
+    return build_examples(task, read_rows(source, task.split, rows, config.cache_dir, setting))[: limit or None]
 
 
 def score_jobs(
