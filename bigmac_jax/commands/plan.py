@@ -67,6 +67,8 @@ def main() -> None:
     plot = storage.locate(_PLOT.value, "--plot")
     if _PLOT.value and plot.suffix != ".png":
         raise ConfigError(f"--plot={_PLOT.value} must end in .png")
+    if not storage.is_store(plot) and not plot.parent.is_dir():
+        raise ConfigError(f"--plot={_PLOT.value} must be in a folder that exists; mkdir -p {plot.parent} makes it")
     config, base = load_with_base(_CONFIG.value, cli.OVERRIDES)
     cli.warn(notes(config, cli.given_fields(), base=base))
     config = with_resident(config, _RESIDENT_LAYERS.value, _RESIDENT_EXPERTS.value)
@@ -88,9 +90,9 @@ def main() -> None:
         scale=_SCALE.value,
     )
     result = planner.make_plan(config, request)
-    if not _JSON.value:
+    if _JSON.value:
+        print(strict_json(result))
+    else:
         report.show(result)
     if _PLOT.value:
         pictures.draw(result, plot)
-    if _JSON.value:
-        print(strict_json(result))

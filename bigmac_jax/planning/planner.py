@@ -1,6 +1,7 @@
 """Plans a configuration: makes the object that plan.py prints, with everything that the configuration costs."""
 
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -33,7 +34,7 @@ from bigmac_jax.planning.place import (
     require_hardware,
 )
 from bigmac_jax.planning.structures import alternatives, of_equal_size
-from bigmac_jax.planning.sweep import parse_axes, sweep
+from bigmac_jax.planning.sweep import check_axes, parse_axes, sweep
 from bigmac_jax.planning.training_time import parse_tokens, training_time
 from bigmac_jax.runtime import environment
 
@@ -51,17 +52,14 @@ def make_plan(config: Config, request: Request) -> dict[str, Any]:
             f"for its parameters and for a second forward pass"
         )
     place = find_place(config, request)
-    tokens = _parse_tokens(request, place)
-    if request.compare:
-        comparison.check(config.model)
-        require_hardware(place, "--compare")
+    tokens, axes = _parse_tokens(request, place), parse_axes(request.sweep)
     asked = scaling.parse_scale(request.scale) if request.scale else None
-    if asked:
-        require_hardware(place, f"--scale={request.scale}")
+    _check(config, request, place, axes, asked)
     own = config
     searched: dict[str, Any] = {}
     if request.search:
         config, searched = _search(config, place, request.headroom)  # the rest of the plan is of the best
+    swept = [(fields, other, mesh_sizes(other, place)) for fields, other in sweep(config, axes)] if axes else []
     sizes = mesh_sizes(config, place)
     result = {
         **searched,
@@ -94,6 +92,10 @@ def make_plan(config: Config, request: Request) -> dict[str, Any]:
         result["recomputation"] = [_recomputation(config, name, sizes, place) for name in names]
     if request.options:
         result["compiler_options"] = _options(config, require_hardware(place, "--options"))
+    if is_resident(config):
+        result["resident"] = residency.describe(config, sizes, place.hardware)
+    if axes:
+        result["sweep"] = [{"fields": fields, **_costs(other, of, place)} for fields, other, of in swept]
     if request.terms:
         result["terms"] = _terms(result)
     if request.paper:
@@ -109,19 +111,38 @@ def make_plan(config: Config, request: Request) -> dict[str, Any]:
         )
         if place.hardware:
             result["fits"] = all(part["fits"] for part in (*programs.values(), result["restore"]))
-    if is_resident(config):
-        result["resident"] = residency.describe(config, sizes, place.hardware)
     if request.compare:
         steps = _steps(config, place, request)
         result["compare"] = comparison.compare(config, steps, tokens or config.train.steps * result["tokens_per_step"])
     if asked:
         result["scale"] = scaling.scale(own, asked, lambda devices: machine_of(request, place, devices))
-    if request.sweep:
-        result["sweep"] = [
-            {"fields": fields, **_costs(swept, mesh_sizes(swept, place), place)}
-            for fields, swept in sweep(config, parse_axes(request.sweep))
-        ]
     return result
+
+
+def _check(
+    config: Config, request: Request, place: Place, axes: Mapping[str, Sequence[str]], asked: scaling.Scale | None
+) -> None:
+    """Raises ConfigError for what cannot be planned whatever a search finds: before it, or a compilation, takes its
+    minutes."""
+    for flag, given in {
+        "--compare": request.compare,
+        f"--scale={request.scale}": asked,
+        "--options": request.options,
+        "--terms": request.terms,
+    }.items():
+        if given:
+            require_hardware(place, flag)
+    if request.compare:
+        comparison.check(config.model)
+    if asked:
+        scaling.batches(config, asked)
+    if request.paper:
+        paper.paper_model(config)
+    check_axes(config, axes)
+    if request.search and is_resident(config):
+        residency.describe(config, {"data": place.devices}, place.hardware)
+    if request.search and request.compile and place.topology:
+        topologies.absent_devices(place.topology)
 
 
 def _parse_tokens(request: Request, place: Place) -> int:
@@ -214,8 +235,6 @@ def _options(config: Config, hardware: Hardware) -> list[dict[str, Any]]:
 
 def _terms(result: dict[str, Any]) -> list[dict[str, Any]]:
     """Each term of the predicted step, and what it is; those that are hidden in others are negative."""
-    if "time" not in result:
-        raise ConfigError("--terms needs a machine whose times are predicted; add --hardware=NAME or --topology")
     seconds = {term: (-1 if term in HIDDEN else 1) * result["time"][term] for term in TERMS}
     total = result["time"]["total"]
     return [

@@ -49,6 +49,23 @@ def parse_scale(text: str) -> Scale:
     return Scale(devices, bool(kind))
 
 
+def batches(config: Config, asked: Scale) -> dict[int, int]:
+    """The batch on each number of devices.
+
+    Raises:
+      ConfigError: it does not grow as the devices do.
+    """
+    few, own = asked.devices[0], config.data.batch_size
+    found = {n: own if asked.strong else own * n // few for n in asked.devices}
+    for n, batch in found.items():
+        if not asked.strong and batch * few != own * n:
+            raise ConfigError(
+                f"--scale: data.batch_size={own} on {few} devices is no whole number of sequences on {n}; use a "
+                f"multiple of {few // math.gcd(few, n)}, or other numbers of devices"
+            )
+    return found
+
+
 def scale(config: Config, asked: Scale, machine: Callable[[int], Machine]) -> dict[str, Any]:
     """Makes what plan.py's JSON says of each structure on each number of devices.
 
@@ -58,26 +75,19 @@ def scale(config: Config, asked: Scale, machine: Callable[[int], Machine]) -> di
     Raises:
       ConfigError: a batch that does not grow as the devices do.
     """
-    few, own = asked.devices[0], config.data.batch_size
-    batches = {n: own if asked.strong else own * n // few for n in asked.devices}
-    for n, batch in batches.items():
-        if not asked.strong and batch * few != own * n:
-            raise ConfigError(
-                f"--scale: data.batch_size={own} on {few} devices is no whole number of sequences on {n}; use a "
-                f"multiple of {few // math.gcd(few, n)}, or other numbers of devices"
-            )
+    of = batches(config, asked)
     found: dict[str, Any] = {}
     for name, structure in alternatives(replace(config, mesh=MeshConfig(fsdp=config.mesh.fsdp))).items():
         if isinstance(structure, ConfigError):
             found[name] = {"error": str(structure)}
         else:
-            points = _curve(config, [(_with_batch(structure, batches[n]), machine(n)) for n in asked.devices])
+            points = _curve(config, [(_with_batch(structure, of[n]), machine(n)) for n in asked.devices])
             found[name] = {"points": points, "stops": where_it_stops(points)}
     return {
         "kind": "strong" if asked.strong else "weak",
         "devices": asked.devices,
-        "batch_size": list(batches.values()),
-        "tokens_per_step": [batch * config.data.sequence_length for batch in batches.values()],
+        "batch_size": list(of.values()),
+        "tokens_per_step": [batch * config.data.sequence_length for batch in of.values()],
         "keeps": KEEPS,
         "structures": found,
     }

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 
 from bigmac_jax.config import Config, ConfigError, with_overrides
 from bigmac_jax.config.names import unknown_field
-from bigmac_jax.config.section import flat_values
+from bigmac_jax.config.section import all_field_types, flat_values
 
 
 def parse_axes(arguments: Sequence[str]) -> dict[str, list[str]]:
@@ -19,6 +19,17 @@ def parse_axes(arguments: Sequence[str]) -> dict[str, list[str]]:
     return axes
 
 
+def check_axes(config: Config, axes: Mapping[str, Sequence[str]]) -> None:
+    """Raises ConfigError for what `sweep` refuses whatever the other fields are: names, and types of values."""
+    kinds = all_field_types(Config)
+    for name, values in zip(_full_names(config, axes), axes.values(), strict=True):
+        for value in values:
+            try:
+                kinds[name].parse(value)
+            except ValueError:
+                with_overrides(config, [f"{name}={value}"])  # which says it
+
+
 def sweep(config: Config, axes: Mapping[str, Sequence[str]]) -> list[tuple[dict[str, str], Config]]:
     """Lists (field values, config with them) for every combination of values; the last axis changes fastest.
 
@@ -28,14 +39,19 @@ def sweep(config: Config, axes: Mapping[str, Sequence[str]]) -> list[tuple[dict[
     Raises:
       ConfigError: a name that is no field or several, a value of the wrong type, or a combination that is invalid.
     """
-    names = [_full_name(config, name) for name in axes]
-    if twice := [name for name in names if names.count(name) > 1]:
-        raise ConfigError(f"{twice[0]} is swept twice; name it once, with all of its values")
+    names = _full_names(config, axes)
     combinations = []
     for values in itertools.product(*axes.values()):
         overrides = [f"{name}={value}" for name, value in zip(names, values, strict=True)]
         combinations.append((dict(zip(axes, values, strict=True)), with_overrides(config, overrides)))
     return combinations
+
+
+def _full_names(config: Config, axes: Mapping[str, Sequence[str]]) -> list[str]:
+    names = [_full_name(config, name) for name in axes]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise ConfigError(f"{twice[0]} is swept twice; name it once, with all of its values")
+    return names
 
 
 def _full_name(config: Config, name: str) -> str:

@@ -13,12 +13,13 @@ import types
 from typing import Any
 
 import pytest
+from absl import flags
 from rich.console import Console
 
 from bigmac_jax.config import ConfigError, load_config
 from bigmac_jax.model.counts import parameters
 from bigmac_jax.model.memory import checkpoint_bytes
-from bigmac_jax.planning import compiled_programs, pictures, report, topologies, units
+from bigmac_jax.planning import compiled_programs, pictures, planner, report, topologies, units
 from bigmac_jax.planning.hardware import HARDWARE, load_hardware
 from bigmac_jax.planning.place import Place, Request
 from bigmac_jax.planning.planner import _bytes_read, _checkpoint, _costs, _restore, make_plan
@@ -378,6 +379,53 @@ def test_nonsense_is_one_line(name: str) -> None:
     with pytest.raises(ConfigError, match=part) as error:
         plan(overrides=overrides, **request)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("request_", "overrides", "message"),
+    [
+        ({"sweep": ("nosuch=1",)}, (), "'nosuch' is not a field"),
+        ({"sweep": ("top_k=1,two",)}, (), "must be of type int"),
+        ({"paper": True}, ("model.structure=dense",), "not for structure=dense"),
+        ({"scale": "8,9"}, ("data.batch_size=4",), "is no whole number of sequences on 9"),
+        ({}, ("execution.resident_experts=4",), "resident_experts=4 is for one device"),
+        ({"compile": True, "topology": "v5e:2x4", "hardware": ""}, (), "needs the TPU compiler"),
+    ],
+)
+def test_what_a_search_cannot_mend_is_refused_before_it(
+    request_: dict[str, Any], overrides: tuple[str, ...], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(planner, "_search", lambda *_: pytest.fail("it was searched"))
+    monkeypatch.setattr(topologies.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=message):
+        plan("configs/tiny.py", overrides, **{"devices": 8, "hardware": "h100", "search": True} | request_)
+
+
+def test_a_sweep_is_refused_before_a_compilation(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(planner, "_programs", lambda *_: pytest.fail("it was compiled"))
+    for sweep in ("top_k=64", "expert=3"):
+        with pytest.raises(ConfigError, match=r"top_k=64 must be at most|must be a multiple of .* = 3"):
+            plan("configs/tiny.py", (), devices=1, compile=True, sweep=(sweep,))
+
+
+def test_a_picture_that_cannot_be_drawn_loses_no_json(
+    command: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: pathlib.Path
+) -> None:
+    """A folder that is missing is named before anything is planned; a figure is drawn when the plan is printed."""
+    program = command("plan")
+
+    def refuse(*_: Any) -> None:
+        raise ConfigError("can't be written")
+
+    monkeypatch.setattr(program.pictures, "draw", refuse)
+    for file, message, printed in (("none/x.png", "mkdir -p .*none makes it", False), ("x.png", "can't be", True)):
+        flags.FLAGS(["plan", "--json", f"--plot={tmp_path / file}", "--devices=1"])
+        try:
+            with pytest.raises(ConfigError, match=message):
+                program.main()
+        finally:
+            flags.FLAGS.unparse_flags()
+        assert bool(capsys.readouterr().out) == printed
 
 
 @pytest.mark.full
