@@ -73,7 +73,7 @@ def main(_: list[str]) -> None:
 
 
 def _write_docs(docs: pathlib.Path, runs: list[dict[str, Any]], embedded: bool) -> None:
-    """Tables and pictures of one of the texts, and what the planner knows of both."""
+    """Tables and pictures of one of the texts, and what the planner knows of that which no run reads twice."""
     if embedded:
         pages.write(docs, runs)
     else:
@@ -83,8 +83,7 @@ def _write_docs(docs: pathlib.Path, runs: list[dict[str, Any]], embedded: bool) 
         put(docs / "quality.md", [unrepeated.by_arm(runs, _ARMS_AT, slope)], name="arms")
         put(docs / "quality.md", [unrepeated.by_length(runs)], name="lengths")
         put(docs / "notes/unrepeated.md", [unrepeated.by_balance(runs)], name="balance")
-    both = (list(read_file(pathlib.Path(path)).values()) for path in (_EMBEDDED, _UNREPEATED))
-    pathlib.Path(fit.PATH).write_text(fit.text(*both))
+        pathlib.Path(fit.PATH).write_text(fit.text(runs))
 
 
 def _say(run: dict[str, float]) -> str:

@@ -1,31 +1,25 @@
-"""What `bigmac plan --compare` knows of losses: planning/quality.toml, made from docs/results.
+"""What `bigmac plan --compare` knows of losses: planning/quality.toml, made from docs/results/unrepeated.json.
 
-Of a width whose models read text that none of them reads twice, those alone count; others are of the embedded corpus.
+All of them are of one text, which none of the models reads twice: gaps of two texts can't stand in one table.
 """
 
 import itertools
 import math
 from typing import Any, NamedTuple
 
-from benchmarks.quality import grid, pages, unrepeated
+from benchmarks.quality import grid, unrepeated
 from benchmarks.quality.grid import Condition
-from benchmarks.quality.pages import compared, mean, of, over
+from benchmarks.quality.pages import mean, of
 
 PATH = "bigmac_jax/planning/quality.toml"
-EMBEDDED, UNREPEATED = "embedded", "unrepeated"  # the texts
-# The plan's names of what was trained, of both studies; a difference is of the first of two minus the second.
+# The plan's names of what was trained; a difference is of the first of two minus the second.
 _NAMES = {
-    EMBEDDED: {pages.SHIPPED[r]: f"bigmac {r}" for r in pages.SHIPPED}
-    | {pages.CONTROL: "fine_grained, norm", "fine_grained": "fine_grained"},
-    UNREPEATED: {
-        unrepeated.SHIPPED: "bigmac 1/4",
-        unrepeated.HALF: "bigmac 1/2",
-        unrepeated.TWICE: "bigmac 1/4, twice",
-        unrepeated.CONTROL: "fine_grained, norm",
-        unrepeated.FINE: "fine_grained",
-    },
+    unrepeated.SHIPPED: "bigmac 1/4",
+    unrepeated.HALF: "bigmac 1/2",
+    unrepeated.TWICE: "bigmac 1/4, twice",
+    unrepeated.CONTROL: "fine_grained, norm",
+    unrepeated.FINE: "fine_grained",
 }
-_LONG = (2400, 2500)  # steps of the embedded corpus: a gap grows with the length, so shorter runs say too little
 Run = dict[str, Any]
 
 
@@ -37,38 +31,17 @@ class Gap(NamedTuple):
     tokens: int
     nats: float
     error: float
-    text: str
 
 
-def gaps(embedded: list[Run], fresh: list[Run]) -> list[Gap]:
+def gaps(runs: list[Run]) -> list[Gap]:
     """Every difference that has a standard error."""
-    found = _of_unrepeated(fresh)
-    widths = {gap.width for gap in found}
-    found += [gap for gap in _of_embedded(embedded) if gap.width not in widths]
-    return sorted(found, key=lambda gap: (gap.width, gap.tokens, gap.structures))
-
-
-def _of_embedded(runs: list[Run]) -> list[Gap]:
     found = []
-    for pair in itertools.combinations(_NAMES[EMBEDDED], 2):
-        for width, steps in itertools.product(grid.RATES, _LONG):
-            ours, theirs = compared(*(Condition(name, {}, width, steps) for name in pair), runs)
-            loss, error = over(ours, theirs) if ours and theirs else (math.nan, math.nan)
-            if math.isfinite(error):
-                names = _NAMES[EMBEDDED][pair[0]], _NAMES[EMBEDDED][pair[1]]
-                found.append(Gap(names, width, ours[0]["tokens"], loss, error, EMBEDDED))
-    return found
-
-
-def _of_unrepeated(runs: list[Run]) -> list[Gap]:
-    found = []
-    for pair in itertools.combinations(_NAMES[UNREPEATED], 2):
+    for (first, of_first), (second, of_second) in itertools.combinations(_NAMES.items(), 2):
         for width, steps in sorted({(run["width"], run["steps"]) for run in runs}):
-            ours, theirs = (of(Condition(name, {}, width, steps), runs) for name in pair)
+            ours, theirs = (of(Condition(name, {}, width, steps), runs) for name in (first, second))
             if len(apart := unrepeated.over(ours, theirs)) > 1:
-                names = _NAMES[UNREPEATED][pair[0]], _NAMES[UNREPEATED][pair[1]]
-                found.append(Gap(names, width, ours[0]["tokens"], *mean(apart), UNREPEATED))
-    return found
+                found.append(Gap((of_first, of_second), width, ours[0]["tokens"], *mean(apart)))
+    return sorted(found, key=lambda gap: (gap.width, gap.tokens, gap.structures))
 
 
 def slope(runs: list[Run], lengths: tuple[int, int]) -> tuple[float, float]:
@@ -87,24 +60,24 @@ def longest(runs: list[Run]) -> tuple[int, int]:
     return short, long
 
 
-def text(embedded: list[Run], fresh: list[Run]) -> str:
-    """The file: a slope for each text, and all gaps."""
-    found = gaps(embedded, fresh)
+def text(runs: list[Run]) -> str:
+    """The file: the slope, and all gaps."""
+    short, long = longest(runs)
+    nats, error = slope(runs, (short, long))
     lines = [
-        "# Losses of structures at equal tokens, for bigmac plan --compare. Made from docs/results/quality.json and",
-        "# unrepeated.json by python -m benchmarks.quality --jobs=0 (docs/quality.md): 64 experts, K = 8, no shared",
-        "# experts, dropless, equal parameters, most of three seeds. An error is one standard error.",
-        f"widths = [{min(gap.width for gap in found)}, {max(gap.width for gap in found)}]  # h that was measured",
-        f"most_tokens = {max(gap.tokens for gap in found)}  # that a run saw",
+        "# Losses of structures at equal tokens, for bigmac plan --compare. Made from docs/results/unrepeated.json by",
+        "# python -m benchmarks.quality --jobs=0 (docs/quality.md): differences of equal seeds, most of three. An",
+        "# error is one standard error.",
+        'models = "64 experts, K = 8, no shared experts, dropless, equal parameters"',
+        "",
+        f"# Nats that e times the tokens take off fine_grained's loss, from {short:,} to {long:,} steps at h = 128.",
+        "[slope]",
+        f"nats = {nats:.4f}",
+        f"error = {error:.4f}",
     ]
-    for name, runs, lengths in ((EMBEDDED, embedded, pages.LENGTHS), (UNREPEATED, fresh, longest(fresh))):
-        nats, error = slope(runs, lengths)
-        said = "from {:,} to {:,} steps at h = 128".format(*lengths)
-        lines += ["", f"# Nats that e times the tokens take off fine_grained's loss, {said}."]
-        lines += [f"[slope.{name}]", f"nats = {nats:.4f}", f"error = {error:.4f}"]
-    for gap in found:
+    for gap in gaps(runs):
         first, second = gap.structures
         lines += ["", "[[gap]]  # the loss of the first minus that of the second"]
         lines += [f'structures = ["{first}", "{second}"]', f"width = {gap.width}", f"tokens = {gap.tokens}"]
-        lines += [f"nats = {gap.nats:.4f}", f"error = {gap.error:.4f}", f'text = "{gap.text}"']
+        lines += [f"nats = {gap.nats:.4f}", f"error = {gap.error:.4f}"]
     return "\n".join(lines) + "\n"

@@ -87,11 +87,11 @@ def _by_rate(condition: Condition, runs: list[Run]) -> dict[str, list[Run]]:
 
 
 def compared(condition: Condition, base: Condition, runs: list[Run]) -> tuple[list[Run], list[Run]]:
-    """The seeds of both: each at its best learning rate, or at their width's own where the first was tried at no other.
+    """The seeds of both: each at its best learning rate, or at their width's own where one was tried at no other.
 
     What was tried at one rate alone would seem worse than it is beside the best of several.
     """
-    choose = tuned if len(_by_rate(condition, runs)) > 1 else of
+    choose = tuned if min(len(_by_rate(one, runs)) for one in (condition, base)) > 1 else of
     return choose(condition, runs), choose(base, runs)
 
 

@@ -1,8 +1,8 @@
 """What is compared on text that no run reads twice (benchmarks.quality.corpus), and what the arms reach.
 
-The arms are those of `grid`, with as many parameters, of which as many are active. `r = 1/4, twice` and `four times`
-have more and smaller experts, of which a token takes as many more: they send half of the bytes of `fine_grained`, and
-as many.
+The arms are those of `grid`, with as many parameters; of the experts' as many are active. `r = 1/4, twice` and `four
+times` have more and smaller experts, of which a token takes as many more: they send half of the bytes of
+`fine_grained`, and as many.
 docs/notes/unrepeated.md has the predictions and the rules that decide, written before the runs.
 """
 
@@ -149,20 +149,22 @@ def by_length(runs: Sequence[dict[str, Any]]) -> str:
 
 
 def by_arm(runs: Sequence[dict[str, Any]], steps: int, slope: float) -> str:
-    """A table of h = 128 at one length: what each arm sends, loses over the control, and loses on text of another kind.
+    """A table of h = 128 at one length: what each arm sends and computes, loses over the control, and loses on text of
+    another kind.
 
     Args:
       slope: nats that e times the tokens take off a loss. By it "tokens more" make up for what an arm loses, and it
         "pays above" the share of the control's step that its exchange must take for the arm to be there first.
     """
-    columns = ["arm", "bytes", "loss", "minus the control", "tokens more", "pays above", "another kind",
+    columns = ["arm", "bytes", "FLOPs", "loss", "minus the control", "tokens more", "pays above", "another kind",
                "that, minus the control"]  # fmt: skip
     lines, base = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"], _of(runs, CONTROL, steps)
     for name in (FINE, CONTROL, SHIPPED, TWICE, HALF, FOUR):
         if not (own := _of(runs, name, steps)):
             continue
         wire = own[0]["wire_bytes"] / base[0]["wire_bytes"]
-        cells = [name, f"{wire:g}", within([run["loss"] for run in own], 3)]
+        computed = own[0]["flops"] / base[0]["flops"]
+        cells = [name, f"{wire:g}", f"{computed:.3f}", within([run["loss"] for run in own], 3)]
         cells += ["", "", ""] if name == CONTROL else _worth(over(own, base), wire, slope)
         cells.append(within([run["outside_bits_per_byte"] for run in own], 3))
         cells.append("" if name == CONTROL else _counted(over(own, base, "outside_bits_per_byte")))

@@ -31,11 +31,18 @@ class Measured(NamedTuple):
 
 
 class Gap(NamedTuple):
-    """How far one structure's loss is behind another's at equal tokens."""
+    """How far one structure's loss is behind another's at equal tokens.
+
+    Attributes:
+      width: h of the models, the nearest that was measured.
+      tokens: the fewest and the most that those models were trained on.
+      extrapolated: the width or the tokens asked for lie outside what was measured of this pair.
+    """
 
     behind: Measured
-    width: int  # h of the models, the nearest that was measured
-    text: str  # that they read
+    width: int
+    tokens: tuple[int, int]
+    extrapolated: bool
 
 
 @functools.cache
@@ -65,7 +72,8 @@ def gap(name: str, base: str, width: int, tokens: float) -> Gap | None:
     found = [row for row in study()["gap"] if {name, base} == set(row["structures"])]
     if not found:
         return None
-    nearest = min(found, key=lambda row: abs(math.log(row["width"] / width)))["width"]
+    widths = {row["width"] for row in found}
+    nearest = min(widths, key=lambda measured: abs(math.log(measured / width)))
     rows = sorted((row for row in found if row["width"] == nearest), key=lambda row: row["tokens"])
     short = next((row for row in reversed(rows) if row["tokens"] <= tokens), rows[0])
     long = next((row for row in rows if row["tokens"] >= tokens), rows[-1])
@@ -75,7 +83,9 @@ def gap(name: str, base: str, width: int, tokens: float) -> Gap | None:
              ((1 - share, short), (share, long))]  # fmt: skip
     nats = sum(weight * row["nats"] for weight, row in parts)
     error = math.hypot(*(weight * row["error"] for weight, row in parts))
-    return Gap(Measured(nats, error), nearest, long["text"])
+    lengths = rows[0]["tokens"], rows[-1]["tokens"]
+    inside = min(widths) <= width <= max(widths) and lengths[0] <= tokens <= lengths[1]
+    return Gap(Measured(nats, error), nearest, lengths, not inside)
 
 
 def tokens_factor(behind: Measured, slope: Measured) -> Measured:
@@ -93,10 +103,8 @@ def compare(config: Config, steps: Mapping[str, tuple[ModelConfig, float] | str]
       steps: by structure, the configured one first: (its model, seconds of its step), or why there is none.
       tokens: that the configured one is trained on.
     """
-    m, known, tokens_per_step = config.model, study(), config.data.batch_size * config.data.sequence_length
-    own = studied_name(m)
-    slopes = {text: Measured(row["nats"], row["error"]) for text, row in known["slope"].items()}
-    least, most = known["widths"]
+    m, tokens_per_step = config.model, config.data.batch_size * config.data.sequence_length
+    own, slope = studied_name(m), study()["slope"]
     (_, first), *_ = (step for step in steps.values() if not isinstance(step, str))
     rows = []
     for name, step in steps.items():
@@ -112,24 +120,24 @@ def compare(config: Config, steps: Mapping[str, tuple[ModelConfig, float] | str]
         if (found := gap(studied_name(step[0], m), own, m.hidden_size, tokens)) is None:
             row["error"] = "its loss was not measured"
             continue
-        behind, width, text = found
-        factor = tokens_factor(behind, slopes[text])
+        factor = tokens_factor(found.behind, Measured(slope["nats"], slope["error"]))
         time = Measured(*(value * step[1] / first for value in factor))
         row |= {
-            "width": width,
-            "behind": behind._asdict(),
+            "width": found.width,
+            "measured_tokens": list(found.tokens),
+            "extrapolated": found.extrapolated,
+            "behind": found.behind._asdict(),
             "tokens_factor": factor._asdict(),
             "time_factor": time._asdict(),
             "differs": time.differs(1.0),
             "seconds": tokens / tokens_per_step * first * time.value,
         }
-    inside = least <= m.hidden_size <= most and tokens <= known["most_tokens"]
     return {
         "of": name_of(m),
         "tokens": tokens,
         "width": m.hidden_size,
-        "measured": {"widths": known["widths"], "most_tokens": known["most_tokens"], "page": "docs/quality.md"},
-        "extrapolated": not inside,
+        "measured": {"models": study()["models"], "page": "docs/quality.md"},
+        "extrapolated": any(row.get("extrapolated") for row in rows),
         "structures": rows,
     }
 

@@ -222,10 +222,8 @@ def _comparison(rows: list[Mapping[str, Any]]) -> Table:
 
 def _compare(console: Console, found: Mapping[str, Any]) -> None:
     """Structures at an equal loss, and whether what differs is more than its error."""
-    own, measured = found["of"], found["measured"]
-    (least, most), tokens = measured["widths"], count(measured["most_tokens"])
-    title = f"Time to the loss that {own} reaches in {count(found['tokens'])} tokens"
-    table = make_table(title, "", "step", "behind at equal tokens", "measured at h", "tokens", "time", "days", "")
+    title = f"Time to the loss that {found['of']} reaches in {count(found['tokens'])} tokens"
+    table = make_table(title, "", "step", "behind at equal tokens", "measured at", "tokens", "time", "days", "")
     for row in found["structures"]:
         step = duration(row["step"]) if "step" in row else ""
         days = f"{row['seconds'] / 86400:,.2f}" if "seconds" in row else ""
@@ -234,19 +232,22 @@ def _compare(console: Console, found: Mapping[str, Any]) -> None:
             continue
         behind, factor, time = (row[name] for name in ("behind", "tokens_factor", "time_factor"))
         said = "slower" if time["value"] > 1 else "faster"
+        lengths = " to ".join(map(count, sorted({*row["measured_tokens"]})))
         table.add_row(
-            row["structure"], step, f"{behind['value']:+.3f} ± {behind['error']:.3f}", str(row["width"]),
+            row["structure"], step, f"{behind['value']:+.3f} ± {behind['error']:.3f}", f"h = {row['width']}, {lengths}",
             *(f"× {of['value']:.3f} ± {of['error']:.3f}" for of in (factor, time)), days,
             f"{said}, by {'more' if row['differs'] else 'no more'} than its error",
         )  # fmt: skip
     console.print(table)
-    if found["extrapolated"]:
+    if beyond := [row["structure"] for row in found["structures"] if row.get("extrapolated")]:
         console.print(
-            f"[bold]EXTRAPOLATED[/bold]: losses were measured at h = {least} to {most} with at most {tokens} tokens, "
-            f"this is h = {found['width']:,} with {count(found['tokens'])}"
+            f"[bold]EXTRAPOLATED[/bold]: this is h = {found['width']:,} with {count(found['tokens'])} tokens, beyond "
+            f"what was measured of {'; '.join(beyond)}"
         )
+    measured = found["measured"]
     console.print(
-        f"± is one standard error of the losses ({measured['page']}), without the steps'; the last column's is two"
+        f"± is one standard error of the losses ({measured['page']}: {measured['models']}), without the steps'; the "
+        "last column's is two"
     )
 
 

@@ -23,20 +23,13 @@ SHIPS = ("mesh.expert=8", "model.latent_norm=skip", "model.projection_init=selec
 
 
 def test_the_data_file_is_made_from_the_runs() -> None:
-    embedded, fresh = (
-        json.loads((ROOT / f"docs/results/{name}.json").read_text())["runs"] for name in ("quality", "unrepeated")
-    )
-    assert (ROOT / fit.PATH).read_text() == fit.text(embedded, fresh)
-    page = (ROOT / "docs/notes/quality.md").read_text()
-    for row in comparison.study()["gap"]:
-        assert row["text"] == fit.UNREPEATED or f"| {row['nats']:+.3f} ± {row['error']:.3f} |" in page, row
-    times = math.exp(0.344 / comparison.study()["slope"]["embedded"]["nats"])
-    assert times == pytest.approx(2.4, abs=0.005)  # "2.4 times the steps take 0.344 off"
+    runs = json.loads((ROOT / "docs/results/unrepeated.json").read_text())["runs"]
+    assert (ROOT / fit.PATH).read_text() == fit.text(runs)
 
 
-def test_gaps_of_both_texts_by_hand() -> None:
-    """Unrepeated text counts alone at a width that it has: of pairs of equal seeds, 0.2 and 0.4, whose error is
-    0.1. Its two longest lengths with three seeds of fine_grained say the slope: 0.7 nats of ln 2."""
+def test_gaps_by_hand() -> None:
+    """Pairs of equal seeds, 0.2 and 0.4, whose error is 0.1; one seed has none. The two longest lengths with three
+    seeds of fine_grained say the slope: 0.7 nats of ln 2."""
 
     def run(name: str, steps: int, seed: int, loss: float, width: int = 128) -> dict[str, Any]:
         return {"name": name, "width": width, "steps": steps, "seed": seed, "loss": loss, "tokens": 2048 * steps}
@@ -44,13 +37,9 @@ def test_gaps_of_both_texts_by_hand() -> None:
     fresh = [run("fine_grained", steps, seed, loss) for steps, loss in ((1000, 5.0), (2000, 4.3)) for seed in (1, 2, 3)]
     fresh += [run("fine_grained", 4000, 1, 4.0)]
     fresh += [run("r = 1/4", 2000, 3, 4.5), run("r = 1/4", 2000, 1, 4.7), run("control", 2000, 1, 4.0)]
-    ships = "bigmac 1/4, skip, selected"
-    for_each = [(name, loss, width) for name, loss in (("fine_grained", 4.0), (ships, 4.5)) for width in (64, 128)]
-    embedded = [run(name, 2400, seed, loss + seed / 10, width) for name, loss, width in for_each for seed in (1, 2, 3)]
-    narrow, fitted = fit.gaps(embedded, fresh)
-    assert fitted[:3] == (("bigmac 1/4", "fine_grained"), 128, 4_096_000) and fitted.text == fit.UNREPEATED
-    assert fitted[3:5] == pytest.approx((0.3, 0.1))
-    assert (narrow.width, narrow.text) == (64, fit.EMBEDDED) and narrow.nats == pytest.approx(0.5)
+    (fitted,) = fit.gaps(fresh)
+    assert fitted[:3] == (("bigmac 1/4", "fine_grained"), 128, 4_096_000)
+    assert fitted[3:] == pytest.approx((0.3, 0.1))
     assert fit.longest(fresh) == (1000, 2000)
     assert fit.slope(fresh, (1000, 2000)) == pytest.approx((0.7 / math.log(2), 0))
 
@@ -68,7 +57,7 @@ def test_the_nearest_width_and_a_line_between_lengths(monkeypatch: pytest.Monkey
     """Halfway in ln tokens between 1 and 4 M: the mean of 0.1 and 0.3, with half of each error."""
 
     def row(width: int, tokens: float, nats: float, error: float, *structures: str) -> dict[str, Any]:
-        return {"structures": structures, "width": width, "tokens": tokens, "nats": nats, "error": error, "text": "t"}
+        return {"structures": structures, "width": width, "tokens": tokens, "nats": nats, "error": error}
 
     pair = "bigmac 1/4", "fine_grained"
     rows = [row(128, 4e6, -0.3, 0.04, *reversed(pair)), row(128, 1e6, 0.1, 0.03, *pair), row(256, 1e6, 0.5, 0.1, *pair),
@@ -86,14 +75,16 @@ def test_the_nearest_width_and_a_line_between_lengths(monkeypatch: pytest.Monkey
     assert found(*reversed(pair), 4096, 1e6) == pytest.approx((-0.5, 0.1, 256))
     assert found("bigmac 1/4", CONTROL, 4096, 1e6) == pytest.approx((-0.2, 0.01, 128))
     assert gap("", "fine_grained", 128, 1e6) is None
+    # Outside is what was not measured of the pair itself.
+    asked = [(96, 2e6), (128, 2e6), (128, 4e6), (128, 5e6), (128, 9e5), (200, 1e6), (300, 1e6)]
+    assert [gap(*pair, *of).extrapolated for of in asked] == [True, False, False, True, True, False, True]
+    assert gap("bigmac 1/4", CONTROL, 200, 1e6).extrapolated and gap(*pair, 96, 2e6).tokens == (1e6, 4e6)
 
 
 def test_time_to_a_loss_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
     """e^0.2 of the tokens in steps of half the time: 0.61 of it; the configured one takes 10 steps of 4 s."""
-    row = {"structures": ["bigmac 1/4", "fine_grained"], "width": 128, "tokens": 10**6, "nats": 0.1, "error": 0.01,
-           "text": "t"}  # fmt: skip
-    slope = {"t": {"nats": 0.5, "error": 0.05}, "another": {"nats": 9.0, "error": 0.0}}
-    known = {"widths": [64, 256], "most_tokens": 10**6, "slope": slope, "gap": [row]}
+    row = {"structures": ["bigmac 1/4", "fine_grained"], "width": 128, "tokens": 10**6, "nats": 0.1, "error": 0.01}
+    known = {"models": "small ones", "slope": {"nats": 0.5, "error": 0.05}, "gap": [row]}
     monkeypatch.setattr(comparison, "study", lambda: known)
     config = load_config("tiny", ["model.structure=fine_grained", "data.batch_size=10", "data.sequence_length=100"])
     ours = load_config("tiny", ["model.down_ratio=0.25"]).model
@@ -105,7 +96,8 @@ def test_time_to_a_loss_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
         (0.5 * math.exp(0.2), 0.5 * math.exp(0.2) * math.sqrt(2) * 0.02)
     )
     assert other["differs"] and other["seconds"] == pytest.approx(20 * math.exp(0.2))
-    assert not found["extrapolated"] and compare(config, steps, 10**7)["extrapolated"]
+    assert other["extrapolated"] and found["extrapolated"]  # the row is of 10^6 tokens
+    assert not compare(config, steps, 10**6)["extrapolated"]
 
 
 def test_structures_of_a_plan() -> None:
@@ -122,7 +114,8 @@ def test_structures_of_a_plan() -> None:
     assert control["time_factor"]["value"] == pytest.approx(ratio * control["tokens_factor"]["value"])
     assert 0 < control["tokens_factor"]["value"] < 1 and made["compare"]["extrapolated"]
     text = shown(made)
-    assert "EXTRAPOLATED: losses were measured at h = 64 to 256 with at most 5.12 M tokens" in text
+    assert "EXTRAPOLATED: this is h = 2,048 with 1.00 B tokens, beyond what was measured of bigmac, r = 1/2; " in text
+    assert "h = 128, 5.12 M" in text and "no shared experts" in text
     assert "slower, by" in text and "than its error" in text and "1.00 B tokens" in text
 
 
