@@ -216,6 +216,14 @@ class ModelConfig(Section):
             return round(self.num_experts * self.down_ratio / 4)
         return self.num_experts if self.is_moe else 0
 
+    def fitting_experts(self, ranks: int) -> int:
+        """The next num_experts that gives a layer a multiple of `ranks` experts, and `vanilla` at least two."""
+        step, least = ranks, self.num_experts
+        if self.structure == "vanilla":
+            one, whole = 4 * self.hidden_size, 4 * self.hidden_size * ranks  # products of num_experts and R
+            step, least = whole // math.gcd(self.latent_size, whole), max(least, -(-2 * one // self.latent_size))
+        return -(-least // step) * step
+
     @property
     def choices(self) -> int:
         """Number of experts that a token is sent to: top_k, 1 of `vanilla`, 0 of `dense`."""
@@ -302,19 +310,19 @@ class ModelConfig(Section):
 
     def _check_experts(self) -> None:
         h, r, experts, k = self.hidden_size, self.down_ratio, self.expert_count, self.choices
-        require(0 < r <= 1, f"model.down_ratio={r:g} must lie in (0, 1]")
-        # A decimal spelling such as 0.3333 is not held against a width that it can only mean.
-        require(abs(r * h - round(r * h)) < 1e-6 and round(r * h) >= 1, f"model.down_ratio × model.hidden_size = {r:g} × {h} = {r * h:g} must be a whole number; use {max(1, round(r * h)) / h:g}")  # fmt: skip
+        require(0 < r <= 1, f"model.down_ratio={r:g} must lie in (0, 1]; use 0.25")
+        # A decimal spelling such as 0.333333 is not held against a width that it can only mean.
+        require(abs(r * h - round(r * h)) < 1e-3 and round(r * h) >= 1, f"model.down_ratio × model.hidden_size = {r:.8g} × {h} = {r * h:.8g} must be a whole number; use model.down_ratio={max(1, round(r * h)) / h:.8g}")  # fmt: skip
         if self.structure == "vanilla":
-            share = self.num_experts * r / 4
-            require(abs(share - round(share)) < 1e-6 and share >= 2, f"structure=vanilla has model.num_experts × model.down_ratio / 4 = {self.num_experts} × {r:g} / 4 = {share:g} experts, which must be a whole number of at least 2; use model.num_experts={max(2, math.ceil(share)) * math.ceil(4 / r)}")  # fmt: skip
+            share, whole = self.num_experts * r / 4, self.num_experts * self.latent_size % (4 * h) == 0
+            require(whole and experts >= 2, f"structure=vanilla has model.num_experts × model.down_ratio / 4 = {self.num_experts} × {r:g} / 4 = {share:g} experts, which must be a whole number of at least 2; use model.num_experts={self.fitting_experts(1)}")  # fmt: skip
         require(k <= experts, f"model.top_k={k} must be at most {self.count_name}={experts}; use {experts}")
         groups, best = self.num_expert_groups, self.top_groups
         require(experts % groups == 0, f"{self.count_name}={experts} must be a multiple of model.num_expert_groups={groups}; use {near_divisors(experts, groups)} groups")  # fmt: skip
         require(
             best <= groups, f"model.top_groups={best} must be at most model.num_expert_groups={groups}; use {groups}"
         )
-        require(k <= best * (experts // groups), f"model.top_k={k} must be at most the {best * (experts // groups)} experts of model.top_groups={best} groups; use more groups")  # fmt: skip
+        require(k <= best * (experts // groups), f"model.top_k={k} must be at most the {best * (experts // groups)} experts of model.top_groups={best} groups; use top_groups={-(-k // (experts // groups))}")  # fmt: skip
         require(self.balance != "quantile" or (groups == best and k < experts), f"model.balance=quantile needs a free choice of fewer experts than there are, not model.top_k={k} of {experts} in top_groups={best} of {groups} groups; use balance=bias")  # fmt: skip
         require(self.balance == "quantile" or self.balance_step == "next", f"model.balance_step={self.balance_step} is for balance=quantile, not {self.balance}; use balance=quantile, or balance_step=next")  # fmt: skip
         require(self.capacity_factor > 0, f"model.capacity_factor={self.capacity_factor:g} must be above 0; use inf for no limit (dropless)")  # fmt: skip

@@ -166,7 +166,7 @@ class Config(Section):
             several = sum(bool(stack.experts) for stack in self.model.stacks) > 1
             require(not (saved and several), f"train.experts_per_checkpoint={saved} saves experts of one stack of layers in turn, and model.blocks={self.model.blocks} has several; use experts_per_checkpoint=0")  # fmt: skip
             require(not (saved and self.tuning.lora_rank), f"train.experts_per_checkpoint={saved} saves some of the experts, and tuning.lora_rank={self.tuning.lora_rank} trains adapters, which are small; use experts_per_checkpoint=0")  # fmt: skip
-            require(experts % ranks == 0, f"{name}={experts} must be a multiple of mesh.node × mesh.expert = {ranks}; use {-(-experts // ranks) * ranks}, or {near_ranks(experts, ranks)} ranks")  # fmt: skip
+            require(experts % ranks == 0, f"{name}={experts} must be a multiple of mesh.node × mesh.expert = {ranks}; use model.num_experts={model.fitting_experts(ranks)}, or {near_ranks(experts, ranks)} ranks")  # fmt: skip
 
     def _check_tuning(self) -> None:
         """Tuning needs a model to begin with, and leaves alone what it freezes."""
@@ -200,7 +200,7 @@ class Config(Section):
         """What next-token modules are not trained with."""
         modules, length, saved = self.model.mtp_modules, self.data.sequence_length, self.train.experts_per_checkpoint
         given = f"model.mtp_modules={modules}"
-        require(modules < length, f"{given} must be below data.sequence_length={length}, or a window has no token that the last one predicts; use 1")  # fmt: skip
+        require(modules < length, f"{given} must be below data.sequence_length={length}, or a window has no token that the last one predicts; use mtp_modules={min(1, length - 1)}")  # fmt: skip
         instead = "use mtp_modules=0, which leaves a pretrained model's out"
         require(not modules or self.tuning.objective != "dpo", f"{given} are not trained by tuning.objective=dpo; {instead}")  # fmt: skip
         require(not modules or not self.tuning.teacher, f"{given} are not trained beside a teacher (tuning.teacher); {instead}")  # fmt: skip
