@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -293,6 +294,7 @@ def _fits_gathered(config: Config, weights: str) -> bool:
     if size > memory / 2:
         hosts.say(
             f"weights stay split over ranks (mesh.fsdp), and are gathered for every token: whole they take "
-            f"{size / 2**30:.1f} GiB of a device"
+            f"{size / 2**30:.1f} GiB of a device",
+            sys.stderr,  # completions stand on the other one
         )
     return size <= memory / 2

@@ -14,6 +14,7 @@ import math
 import os
 import pathlib
 import re
+import sys
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypeVar
 
@@ -373,7 +374,7 @@ class Checkpoints:
         steps = hosts.run_on_first(self._folder.list_steps)
         items, position, line = join_saves(step, self._saves(steps), abstract, read, train)
         if line:
-            hosts.say(line)
+            hosts.say(line, sys.stderr)  # results of an evaluation stand on the other one
         return items, position
 
     def close(self) -> None:

@@ -290,7 +290,7 @@ def test_a_run_with_a_fault(tmp_path, capsys, caplog):
     share = count_lost(workdir, saves, 10, (2, 8))
     said = "12 of 16 experts are of saves before step 10, the oldest of step 8 (train.experts_per_checkpoint); "
     said += f"{share:.2%} of the experts' updates so far are lost, above train.most_lost_updates: from here on "
-    assert said in capsys.readouterr().out
+    assert said in capsys.readouterr().err
     (record,) = (record for record in read_records(workdir) if "checkpoint/lost_updates" in record)
     assert record["step"] == 10 and record["checkpoint/experts"] == 4
     np.testing.assert_allclose(record["checkpoint/lost_updates"], share, rtol=1e-3)
