@@ -69,6 +69,7 @@ def read_config(workdir: pathlib.Path) -> Config:
       ConfigError: there is none.
     """
     file = workdir / _CONFIG
+    fix = "; bring back what the run wrote, or start a new workdir"
     try:
         content = file.read_bytes()
         config = Config.from_json(content, str(file))
@@ -77,12 +78,13 @@ def read_config(workdir: pathlib.Path) -> Config:
         problem = f"{file} has changed since the run wrote it"
     except FileNotFoundError:
         problem = f"--workdir={workdir} holds no {_CONFIG}"
+        fix = f"; {missing_place_fix(str(workdir), 'give the workdir of a training run', hub=_HUB)}"
     except OSError as error:
         if is_store(file):  # a moment without it damages nothing
             raise
         problem = f"{file} cannot be read ({error.strerror})"
     except ConfigError as error:
-        problem = str(error)
+        problem, fix = str(error), ""  # it has its own
     for step in reversed(manifest.list_steps(workdir)):
         checkpoint = workdir / "checkpoints" / str(step)
         if manifest.find_damage(checkpoint, thorough=False):
@@ -91,8 +93,7 @@ def read_config(workdir: pathlib.Path) -> Config:
             saved = Config.from_json((checkpoint / "config" / "metadata").read_bytes())
             log_once(logging.WARNING, f"{problem}; the config of checkpoint {step} is taken")
             return saved
-    fix = missing_place_fix(str(workdir), "give the workdir of a training run", hub=_HUB)
-    raise ConfigError(problem if file.exists() else f"{problem}; {fix}")
+    raise ConfigError(f"{problem}{fix}")
 
 
 def check_shared(workdir: pathlib.Path) -> None:

@@ -162,7 +162,7 @@ INVALID = {  # overrides: what the line must contain
     "model.hidden_size=250": ("model.hidden_size=250", "multiple of model.num_heads=4", "248"),
     "model.num_kv_heads=3": ("model.num_heads=4", "multiple of model.num_kv_heads=3"),
     "model.hidden_size=12": ("= 3 must be even", "rope"),
-    "model.num_experts=30 mesh.expert=4": ("model.num_experts=30", "mesh.node × mesh.expert = 4", "use model.num_experts=32", "2 ranks"),
+    "model.num_experts=30 mesh.expert=4": ("model.num_experts=30", "= 4; use model.num_experts=32, or 2 ranks"),
     "mesh.node=2 mesh.expert=3 data.batch_size=18": ("model.num_experts=32", "= 6", "use model.num_experts=36"),
     "model.top_k=33": ("model.top_k=33", "at most model.num_experts=32"),
     "data.batch_size=10 mesh.data=4": ("data.batch_size=10", "= 4", "use 12"),

@@ -26,7 +26,7 @@ from bigmac_jax.runtime.environment import software_versions
 from bigmac_jax.training import workdir as workdir_module
 from bigmac_jax.training.checkpoint import Checkpoints
 from bigmac_jax.training.run_data import check_data, open_run_stream
-from bigmac_jax.training.workdir import load_run_tokenizer, read_run_json, write_config, write_run
+from bigmac_jax.training.workdir import load_run_tokenizer, read_config, read_run_json, write_config, write_run
 from bigmac_jax.tuning import restore
 
 from .tools import small
@@ -236,3 +236,20 @@ def test_a_folder_that_is_not_shared_is_told_by_all(
         workdir_module.check_shared(tmp_path)
     assert told == [str(int(sees or me == 0))]
     assert (tmp_path / ".seen").exists() == (me == 1)  # process 0 takes it away
+
+
+def test_a_config_that_was_edited_before_the_first_checkpoint(tmp_path: pathlib.Path) -> None:
+    """There is nothing to take instead, and the line ends with what to do."""
+    write_config(Config(), tmp_path)
+    file = tmp_path / "config.json"
+    kept = file.read_text()
+    file.write_text(kept.replace('"top_k": 4', '"top_k": 3'))
+    fix = "; bring back what the run wrote, or start a new workdir"
+    with pytest.raises(ConfigError, match=f"config.json has changed since the run wrote it{fix}$"):
+        read_config(tmp_path)
+    file.write_text(kept)
+    assert read_config(tmp_path) == Config().resolved
+    file.unlink()
+    file.mkdir()
+    with pytest.raises(ConfigError, match=f"config.json cannot be read .Is a directory.{fix}$"):
+        read_config(tmp_path)
