@@ -277,7 +277,7 @@ def _steps(config: Config, place: Place, request: Request) -> dict[str, tuple[Mo
             if not request.search or other.model == config.model:
                 sizes = mesh_sizes(config, place)
                 seconds = step_time(
-                    replace(config, model=other.model), sizes, machine.hardware, place.torus, place.load
+                    replace(other, mesh=config.mesh), sizes, machine.hardware, place.torus, place.load
                 ).total
                 found[name] = other.model, seconds
             elif best := search.fastest(other, machine):
@@ -292,7 +292,6 @@ def _steps(config: Config, place: Place, request: Request) -> dict[str, tuple[Mo
 def _baselines(config: Config, place: Place) -> dict[str, Any]:
     """Costs of the other structures with the same fields, as large as the configured one; or why one cannot be."""
     found: dict[str, Any] = {}
-    config = replace(config, train=replace(config.train, experts_per_checkpoint=0))  # others have other numbers of them
     for structure in reversed(STRUCTURES):
         if structure != config.model.structure:
             try:

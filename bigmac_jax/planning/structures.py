@@ -50,7 +50,7 @@ def _tried(config: Config, **fields: Any) -> Config | ConfigError:
 def of_equal_size(config: Config, structure: Structure, latent_norm: LatentNorm = "auto", **more: Any) -> Config:
     """The config with another structure and as many parameters: its experts get the width that this takes, unless the
     paper's comes near. A hyper router counts as the matrix that it makes. A dense model has no idle experts: beside
-    one, those that are active for a token are equal.
+    one, those that are active for a token are equal. Checkpoints have all experts, whose number may be another.
 
     Args:
       more: other fields of the model.
@@ -58,10 +58,11 @@ def of_equal_size(config: Config, structure: Structure, latent_norm: LatentNorm 
 
     def with_width(width: int) -> Config:
         fields: dict[str, Any] = {"structure": structure, "latent_norm": latent_norm, **more}
+        train = replace(config.train, experts_per_checkpoint=0)
         fields["expert_hidden_size"] = width
         if structure != config.model.structure:  # which may have too few experts for it; a plan is the same without
             fields["overflow"] = "drop"
-        return replace(config, model=replace(config.model, **fields))
+        return replace(config, model=replace(config.model, **fields), train=train)
 
     def size(of: Config) -> int:
         count = parameters(of, {})

@@ -9,12 +9,13 @@ from typing import Any
 import pytest
 
 from bigmac_jax.config import ConfigError, MeshConfig, load_config
-from bigmac_jax.planning import pictures
+from bigmac_jax.planning import pictures, planner
 from bigmac_jax.planning.candidates import Machine
 from bigmac_jax.planning.job import exposed
+from bigmac_jax.planning.place import Request, find_place
 from bigmac_jax.planning.scaling import Scale, _grown, parse_scale, scale, where_it_stops
 from bigmac_jax.planning.search import fastest, search
-from bigmac_jax.planning.structures import CONTROL, alternatives
+from bigmac_jax.planning.structures import CONTROL, alternatives, of_equal_size
 from planning.test_planner import plan, run, shown
 from planning.test_search import CONFIG, EIGHT, H100, with_memory
 
@@ -128,6 +129,15 @@ def test_a_plan_says_how_far_it_scales(tmp_path: pathlib.Path) -> None:
     assert (tmp_path / "scale.png").stat().st_size > 5000
     with pytest.raises(ConfigError, match=r"--scale=2,8 needs .* add --hardware=NAME"):
         plan("configs/tiny.py", ("data.batch_size=32",), scale="2,8")
+
+
+def test_other_structures_have_other_numbers_of_experts_in_a_checkpoint(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Eight are none of vanilla's two."""
+    config, request = load_config("tiny", ["train.experts_per_checkpoint=8"]), Request(devices=1, hardware="h100")
+    found = {"bigmac": config, "vanilla": of_equal_size(config, "vanilla", "none")}
+    monkeypatch.setattr(planner, "alternatives", lambda config, studied: found)
+    steps = planner._steps(config, find_place(config, request), request)
+    assert not any(isinstance(step, str) for step in steps.values())
 
 
 @pytest.mark.full
