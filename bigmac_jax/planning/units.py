@@ -13,9 +13,9 @@ _SECONDS = ((1, 1, "s"), (1e-3, 1e-3, "ms"), (1e-12, 1e-6, "µs"))
 
 
 def _scale(number: float, units: tuple[tuple[float, float, str], ...], form: str = ",.2f") -> str:
-    """A number in the first unit that it is large enough for."""
+    """A number in the first unit that it, or what it is below zero, is large enough for."""
     for least, unit, name in units:
-        if number >= least:
+        if abs(number) >= least:
             return f"{number / unit:{form}} {name}"
     return f"{number:g}"
 
@@ -37,7 +37,7 @@ def work(flops: float) -> str:
 
 def size(number: float) -> str:
     """Bytes, as 1,488.00 GiB or 111.67 TiB."""
-    return _scale(number, _BYTES) if number >= 2**10 else f"{number:g} B"
+    return _scale(number, _BYTES) if abs(number) >= 2**10 else f"{number:g} B"
 
 
 def duration(seconds: float) -> str:
