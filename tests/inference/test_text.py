@@ -1,8 +1,12 @@
 """Tokens become text: whole characters only, nothing of a stop text, and all there is at the end."""
 
-import pytest
+import random
 
-from bigmac_jax.data.tokenizer import ByteTokenizer
+import pytest
+import tokenizers
+from tokenizers import decoders, models
+
+from bigmac_jax.data.tokenizer import ByteTokenizer, JsonTokenizer, Tokenizer, train_bpe
 from bigmac_jax.inference.sampling import Sampling
 from bigmac_jax.inference.text import BROKEN, Text
 
@@ -68,18 +72,80 @@ def test_ignoring_the_end_of_text() -> None:
     assert text.tokens == [97, 256, 98] and text.finish_reason == "length" and text.text.endswith("b")
 
 
-class Spaces:
-    """As SentencePiece does: the space before the first word is left out."""
+def stream(tokenizer: Tokenizer, tokens: list[int], stop: tuple[str, ...] = (), context: tuple[int, ...] = ()) -> Text:
+    text, given = Text(tokenizer, Sampling(len(tokens), stop=stop), context), ""
+    for token in tokens:
+        given += text.add(token, 0.0)
+        if text.finish_reason:
+            break
+    assert given == text.text
+    return text
 
-    eos_id = 0
 
-    def decode(self, ids: list[int]) -> str:
-        return " ".join("abc"[i - 1] for i in ids)
+@pytest.mark.parametrize("size", [257, 300, 400])
+def test_any_cuts_give_the_text_that_the_tokens_are(size: int) -> None:
+    """Also where no token ends with a character; and a stop text cuts where it first begins."""
+    draw = random.Random(size)
+    codes = range(0x30A1, 0x30F7), range(0x3041, 0x3055), range(0x1F600, 0x1F608)  # of katakana, hiragana, emoji
+    kinds = ["ab <\n", *("".join(map(chr, some)) for some in codes)]
+
+    def write(kind: int, length: int) -> str:
+        return "".join(draw.choice(kinds[kind]) for _ in range(length))
+
+    tokenizer = JsonTokenizer(train_bpe([write(i % 4, 30) for i in range(300)], size))
+    for trial in range(40):
+        tokens = tokenizer.encode(write(trial % 4, 60) + write(draw.randrange(4), 5))
+        if trial % 3 == 0:  # invalid bytes
+            draw.shuffle(tokens)
+        whole = tokenizer.decode(tokens)
+        assert stream(tokenizer, tokens).text == whole
+        at = draw.randrange(len(whole))
+        stop = whole[at : at + draw.randint(1, 3)]
+        text = stream(tokenizer, tokens, (stop, "never"))
+        assert (text.text, text.finish_reason) == (whole[: whole.index(stop)], "stop")
 
 
-def test_a_tokenizer_that_drops_the_first_space() -> None:
-    text = Text(Spaces(), Sampling(max_tokens=4))  # type: ignore[arg-type]
-    assert [text.add(i, 0.0) for i in (1, 2, 3, 1)] == ["a", " b", " c", " a"]
+def test_the_stop_text_that_is_complete_first_counts() -> None:
+    tokenizer = JsonTokenizer(train_bpe(["abcd"] * 4, 260))
+    assert len(tokenizer.encode("abcd")) == 1
+    for tokens in (tokenizer.encode("abcd"), [token for letter in "abcd" for token in tokenizer.encode(letter)]):
+        text = stream(tokenizer, tokens, ("abcd", "bc"))
+        assert (text.text, text.finish_reason) == ("a", "stop")
+
+
+def test_where_each_token_begins() -> None:
+    assert pieces("aé€b".encode())[1].offsets == [0, 1, 1, 2, 2, 2, 3]
+    assert pieces(b"on twx", stop=("two",))[1].offsets == [0, 1, 2, 3, 4, 5]
+
+
+def llama() -> Tokenizer:
+    """As of Llama 2: pieces with their space, which is dropped before the first word, and bytes for what has none."""
+    names = ["<unk>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁a", "▁b", "▁"]
+    made = tokenizers.Tokenizer(models.BPE({name: i for i, name in enumerate(names)}, [], byte_fallback=True))
+    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    made.decoder = decoders.Sequence(steps)
+    return JsonTokenizer(made.to_str())
+
+
+A, B, SPACE = 258, 259, 260
+
+
+def test_the_space_behind_the_prompt() -> None:
+    tokenizer = llama()
+    assert tokenizer.decode([A, B]) == "a b"
+    assert stream(tokenizer, [A, B, SPACE, A]).text == "a b  a"
+    assert stream(tokenizer, [A, B], context=(B, B)).text == " a b"
+    assert stream(tokenizer, [A], context=(B, SPACE)).text == " a"  # whose own text is nothing, without one before it
+    assert stream(tokenizer, [A], (" ",), (B,)).finish_reason == "stop"
+
+
+@pytest.mark.parametrize("context", [(), (B,), tuple(2 + byte for byte in "ー€".encode() * 9)])
+def test_bytes_that_stand_for_characters(context: tuple[int, ...]) -> None:
+    """A broken one leaves alone what was whole before it."""
+    content = "€😀".encode() + b"\xff" + "😀€".encode()
+    tokens = [2 + byte for byte in content]
+    text = stream(llama(), [*tokens, A, *tokens[:7], A], context=context).text
+    assert text.startswith("€😀\N{REPLACEMENT CHARACTER}") and text.endswith(" a€😀 a")
 
 
 @pytest.mark.parametrize("logprob", [float("nan"), float("inf"), float("-inf")])
