@@ -215,9 +215,9 @@ class Generator:
             positions = positions or slots_per_shard(slots) * batch_ranks() * longest
             return Engine(self._decoder, self._programs, slots, positions, longest, drafts=self.drafts, **sizes)
 
-    def job(self, prompt: Sequence[int], sampling: Sampling, number: int = 0) -> Job:
-        """Makes a request for an engine, without checking its tokens."""
-        return Job(prompt, sampling, Text(self.tokenizer, sampling), number)
+    def job(self, prompt: Sequence[int], sampling: Sampling, number: int = 0, begins: bool = False) -> Job:
+        """Makes a request for an engine, without checking its tokens; `begins` as for `Job`."""
+        return Job(prompt, sampling, Text(self.tokenizer, sampling, () if begins else prompt), number, begins)
 
     def _make_jobs(self, prompts: Sequence[Prompt | Request], sampling: dict[str, Any], first: int = 0) -> list[Job]:
         require(not isinstance(prompts, str), "prompts must be a list; put the one text into brackets")

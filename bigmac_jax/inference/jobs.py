@@ -17,6 +17,7 @@ class Job:
     Attributes:
       text: the completion, which grows with every step.
       number: of the request; random numbers follow from it and the seed.
+      begins: whether the completion is a new text, as an answer in a chat, and does not continue the prompt's.
       reused: tokens of the prompt that the cache held when it began.
     """
 
@@ -24,6 +25,7 @@ class Job:
     sampling: Sampling
     text: Text
     number: int = 0
+    begins: bool = False
     reused: int = 0
 
     @property

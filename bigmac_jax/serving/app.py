@@ -101,7 +101,7 @@ class Service:
         asked = await self._in_time(arrived, self._read(request, chat))
         # Each completion draws with its own number, so that equal prompts of a request don't give equal texts.
         prompts = [prompt for prompt in asked.prompts for _ in range(asked.n)]
-        jobs = [self._generator.job(prompt, asked.sampling, number) for number, prompt in enumerate(prompts)]
+        jobs = [self._generator.job(prompt, asked.sampling, number, chat) for number, prompt in enumerate(prompts)]
         answer = Answer(asked, jobs, self._model, self._token_text)
         ticket = self._worker.submit(jobs, arrived)
         if asked.stream:

@@ -44,7 +44,10 @@ class Leader:
         self._numbers.update({job: next(self._counter) for job in submitted})
         self.send(
             _STEP,
-            [[self._numbers[j], list(j.prompt), dataclasses.asdict(j.sampling), j.number] for j in submitted],
+            [
+                [self._numbers[job], list(job.prompt), dataclasses.asdict(job.sampling), job.number, job.begins]
+                for job in submitted
+            ],
             [self._numbers[job] for job in cancelled],
         )
 
@@ -82,8 +85,8 @@ def follow(generator: Generator, engine: Engine) -> int:
             if kind == IDLE:
                 continue
             submitted, cancelled = message
-            for number, prompt, sampling, request_number in submitted:
-                jobs[number] = generator.job(prompt, Sampling(**sampling), request_number)
+            for number, prompt, sampling, *rest in submitted:
+                jobs[number] = generator.job(prompt, Sampling(**sampling), *rest)
                 engine.submit(jobs[number])
             for number in cancelled:
                 engine.cancel(jobs[number])

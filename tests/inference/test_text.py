@@ -1,12 +1,15 @@
 """Tokens become text: whole characters only, nothing of a stop text, and all there is at the end."""
 
 import random
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import tokenizers
 from tokenizers import decoders, models
 
 from bigmac_jax.data.tokenizer import ByteTokenizer, JsonTokenizer, Tokenizer, train_bpe
+from bigmac_jax.inference import Generator
 from bigmac_jax.inference.sampling import Sampling
 from bigmac_jax.inference.text import BROKEN, Text
 
@@ -137,6 +140,9 @@ def test_the_space_behind_the_prompt() -> None:
     assert stream(tokenizer, [A, B], context=(B, B)).text == " a b"
     assert stream(tokenizer, [A], context=(B, SPACE)).text == " a"  # whose own text is nothing, without one before it
     assert stream(tokenizer, [A], (" ",), (B,)).finish_reason == "stop"
+    generator: Any = SimpleNamespace(tokenizer=tokenizer)
+    for begins, expected in ((False, " a"), (True, "a")):
+        assert Generator.job(generator, (B,), Sampling(), begins=begins).text.add(A, 0.0) == expected
 
 
 @pytest.mark.parametrize("context", [(), (B,), tuple(2 + byte for byte in "ー€".encode() * 9)])

@@ -73,8 +73,8 @@ class Generator:
     def __init__(self) -> None:
         self.tokenizer = ByteTokenizer()
 
-    def job(self, prompt: Sequence[int], sampling: Sampling, number: int = 0) -> Job:
-        return Job(prompt, sampling, Text(self.tokenizer, sampling), number)
+    def job(self, prompt: Sequence[int], sampling: Sampling, number: int = 0, begins: bool = False) -> Job:
+        return Job(prompt, sampling, Text(self.tokenizer, sampling, () if begins else prompt), number, begins)
 
 
 class Served:

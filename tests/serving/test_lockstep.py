@@ -44,8 +44,8 @@ class Followed:
         self.seen: list[Any] = []
         self.jobs: weakref.WeakSet[Job] = weakref.WeakSet()
 
-    def job(self, prompt: list[int], sampling: Sampling, number: int) -> Any:
-        return Job(prompt, sampling, type("Text", (), {"finish_reason": ""})(), number)
+    def job(self, prompt: list[int], sampling: Sampling, number: int, begins: bool = False) -> Any:
+        return Job(prompt, sampling, type("Text", (), {"finish_reason": ""})(), number, begins)
 
     def submit(self, job: Job) -> None:
         self.seen.append(list(job.prompt))
@@ -87,15 +87,19 @@ def test_followers_end_as_process_0_does(store: Store) -> None:
 
 def test_followers_keep_a_request_until_it_has_ended(store: Store) -> None:
     told, followed = Leader(), Followed()
-    sent = [followed.job([5] * (number + 1), Sampling(seed=number), 10 + number) for number in range(3)]
+    sent = [followed.job([5] * (number + 1), Sampling(seed=number), 10 + number, number == 2) for number in range(3)]
     told.send_step(sent[:2], [])
     told.send_step(sent[2:], sent[1:2])
     told.send_step([], sent[2:])
     told.send(lockstep.END)
     alive: list[list[int]] = []
+    begun: list[int] = []
     step = followed.step
     followed.step = lambda: (alive.append(sorted(job.number for job in followed.jobs)), step())  # type: ignore
+    submit = followed.submit
+    followed.submit = lambda job: (begun.extend([job.number] * job.begins), submit(job))  # type: ignore
     follow(followed, followed)  # type: ignore[arg-type]
+    assert begun == [12]
     assert followed.seen == [[5], [5, 5], "step", [5, 5, 5], ("cancelled", 11), "step", ("cancelled", 12), "step"]
     assert alive == [[10, 11], [11, 12], [12]]
 

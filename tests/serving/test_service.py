@@ -64,12 +64,23 @@ async def test_completions_of_a_request_draw_for_themselves() -> None:
     """Prompts times n: each has its own number, of which its draws are made."""
     served, numbers = Served(), list[tuple[int, int]]()
     made = served.generator.job
-    served.generator.job = lambda prompt, sampling, number=0: (  # type: ignore[method-assign]
-        numbers.append((prompt[-1], number)) or made(prompt, sampling, number)
+    served.generator.job = lambda prompt, sampling, number=0, begins=False: (  # type: ignore[method-assign]
+        numbers.append((prompt[-1], number)) or made(prompt, sampling, number, begins)
     )
     assert (await served.ask(COMPLETIONS, SHORT | {"prompt": ["a", "a", "b"], "n": 2}))[0] == 200
     a, b = ord("a"), ord("b")
     assert numbers == [(a, 0), (a, 1), (a, 2), (a, 3), (b, 4), (b, 5)]
+
+
+@alone
+async def test_an_answer_begins_a_text_and_a_completion_goes_on() -> None:
+    """Which decides whether the space before its first word is its own."""
+    served, begun = Served(), list[bool]()
+    submit = served.engine.submit
+    served.engine.submit = lambda job: (begun.append(job.begins), submit(job))[1]  # type: ignore[method-assign]
+    assert (await served.ask(COMPLETIONS, SHORT))[0] == 200
+    assert (await served.ask(CHAT, {"messages": MESSAGES, "max_tokens": 2}))[0] == 200
+    assert begun == [False, True]
 
 
 @alone
