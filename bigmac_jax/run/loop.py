@@ -5,7 +5,7 @@ import logging
 import math
 import pathlib
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -60,16 +60,17 @@ def train(
 
     Raises:
       ConfigError: the workdir was started with another config or is in use, or the data cannot be used.
-      RunError: a loss that train.on_bad_step does not get over, or a last checkpoint that could not be written.
+      RunError: a loss that train.on_bad_step does not get over, or a last checkpoint that could not be written,
+        or a workdir that was moved or removed.
     """
     clock.begin("start")
     try:
         config = with_absolute_places(config)
-        with lock_workdir(workdir):
+        with lock_workdir(workdir) as is_held:
             for note in notes:
                 hosts.say(note)
             started = start(config, workdir, asked and with_absolute_places(asked))
-            run = _Run(config, workdir, started)
+            run = _Run(config, workdir, started, is_held)
             try:
                 return run.loop(started.state, profile)
             finally:
@@ -82,7 +83,7 @@ def train(
 class _Run:
     """A run in progress: its loop, and what it carries from step to step."""
 
-    def __init__(self, config: Config, workdir: pathlib.Path, started: Start):
+    def __init__(self, config: Config, workdir: pathlib.Path, started: Start, is_held: Callable[[], bool]):
         self.config, self.workdir, self.trainer, self.compiling = config, workdir, started.trainer, started.compiling
         self.checkpoints, self.inputs, self.models = started.checkpoints, started.inputs, started.models
         self.data, self.first_step = started.inputs.batches, started.step
@@ -92,6 +93,7 @@ class _Run:
         self.best = hosts.broadcast(started.checkpoints.best_loss())
         self.score: Score | None = None
         self.tracing = False
+        self.is_held, self.lost = is_held, False
         self.compile_seconds = 0.0
         self.mirror = Mirror(workdir)  # of what grows: metrics, events, traces
         if hosts.is_first():
@@ -243,6 +245,7 @@ class _Run:
 
     def _rewind(self, bad: NonFiniteLossError) -> TrainState:
         """Goes back to the newest checkpoint; the data goes on with the batch after the bad one."""
+        self._check_workdir(bad.step)
         self._stop_trace()
         self.bad_steps += 1
         given = bad.step + self.batches_ahead
@@ -300,6 +303,7 @@ class _Run:
         return self.score
 
     def _score_tasks(self, step: int, state: TrainState) -> None:
+        self._check_workdir(step)
         with clock.timed("evaluate"):
             summaries = score_jobs(
                 self.inputs.jobs,
@@ -315,6 +319,7 @@ class _Run:
             self.writer.print(f"step {step}: {line}")
 
     def _save(self, step: int, state: TrainState, score: Score | None, whole: bool = True) -> None:
+        self._check_workdir(step)
         loss = math.inf if score is None else score.loss
         with clock.timed("save"):
             if not self.checkpoints.wait():  # the best one may not be there
@@ -326,6 +331,15 @@ class _Run:
             saved = self.checkpoints.save(state, position, self.config, step, loss, experts, self.learned)
         self.best = min(self.best, loss if saved else math.inf)
 
+    def _check_workdir(self, step: int) -> None:
+        """Raises RunError, in all processes, where the workdir is no longer this run's: another job may write there."""
+        self.lost = not hosts.broadcast(self.is_held())
+        if self.lost:
+            raise RunError(
+                f"--workdir={self.workdir} was moved or removed while it trained, and step {step} is not saved; to go on "
+                f"from its last checkpoint, give the place where it is now"
+            )
+
     def _stop_trace(self) -> None:
         if self.tracing:
             jax.profiler.stop_trace()
@@ -335,8 +349,8 @@ class _Run:
         self._stop_trace()
         self.writer.close()
         self.mirror.close()
-        self.checkpoints.close()
-        if not hosts.is_first():
+        self.checkpoints.close(self.lost)
+        if self.lost or not hosts.is_first():
             return
         from bigmac_jax.report.plots import write_report  # matplotlib's import would hold up the first step
 

@@ -35,8 +35,11 @@ def me() -> str:
 
 
 @contextlib.contextmanager
-def lock(path: pathlib.Path, wait: bool = True, say: Callable[[str], object] = lambda line: None) -> Iterator[None]:
-    """Holds the lock `path`; it is released when this process ends, on a disk at once, on a store after SECONDS.
+def lock(
+    path: pathlib.Path, wait: bool = True, say: Callable[[str], object] = lambda line: None
+) -> Iterator[Callable[[], bool]]:
+    """Holds the lock `path`; it is released when this process ends, on a disk at once, on a store after SECONDS. Yields
+    what says whether `path` still is that lock: on a disk its folder may be moved or removed, and another made.
 
     Args:
       wait: wait for whoever holds it, instead of raising HeldError.
@@ -48,7 +51,7 @@ def lock(path: pathlib.Path, wait: bool = True, say: Callable[[str], object] = l
     """
     if is_store(path):
         with Lease(path, say=say).hold(wait):
-            yield
+            yield lambda: True  # a lease that is lost ends the process
         return
     make_folder(path.parent)
     with path.open("a+") as file:
@@ -59,7 +62,17 @@ def lock(path: pathlib.Path, wait: bool = True, say: Callable[[str], object] = l
         with contextlib.suppress(OSError):  # of a full disk: this is for whoever is refused
             os.ftruncate(file.fileno(), 0)
             os.write(file.fileno(), f"{me()}\n".encode())
-        yield
+        yield lambda: _is_at(file.fileno(), path)
+
+
+def _is_at(descriptor: int, path: pathlib.Path) -> bool:
+    """Whether an open file is the one at `path`."""
+    try:
+        return os.path.samestat(os.fstat(descriptor), path.stat())
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except OSError:  # a disk that does not answer; the save says so
+        return True
 
 
 class Lease:

@@ -377,10 +377,16 @@ class Checkpoints:
             hosts.say(line, sys.stderr)  # results of an evaluation stand on the other one
         return items, position
 
-    def close(self) -> None:
-        """Waits for the save in progress, and ends Orbax's threads."""
-        self.wait()
-        self._manager.close()
+    def close(self, lost: bool = False) -> None:
+        """Waits for the save in progress, and ends Orbax's threads.
+
+        Args:
+          lost: the folder was moved or removed: a failure of that save is no matter, and nothing is tidied up.
+        """
+        with contextlib.suppress(Exception) if lost else contextlib.nullcontext():
+            if not lost:
+                self.wait()
+            self._manager.close()
 
 
 def _check_finite(model: dict[str, Any]) -> dict[str, Any]:

@@ -5,6 +5,7 @@ import math
 import pathlib
 import shutil
 import struct
+import types
 from typing import Any
 
 import jax
@@ -18,7 +19,10 @@ from bigmac_jax.config import Config, ConfigError, load_config
 from bigmac_jax.data.tokenizer import load_tokenizer
 from bigmac_jax.model.counts import flops
 from bigmac_jax.model.mesh import make_mesh
-from bigmac_jax.run.loop import Result, train
+from bigmac_jax.run.loop import Result, _Run, train
+from bigmac_jax.runtime.clock import clock
+from bigmac_jax.runtime.workdir_lock import lock_workdir
+from bigmac_jax.training.bad_steps import RunError
 from bigmac_jax.training.checkpoint import Checkpoints
 from bigmac_jax.training.metrics import MetricsWriter
 from bigmac_jax.training.metrics_file import drop_records
@@ -232,6 +236,57 @@ def test_a_failed_start_leaves_the_workdir_free(tmp_path: pathlib.Path) -> None:
     for source in ("missing.txt", "wrong.txt"):
         with pytest.raises(ConfigError, match=rf"data\.source='{source}' is not there"):
             run(overridden(config, tmp_path, f"data.source={source}"), tmp_path / "run")
+
+
+@pytest.mark.parametrize("use", ["move", "remove", "make another"])
+def test_a_folder_that_was_moved_or_removed_is_no_longer_held(use: str, tmp_path: pathlib.Path) -> None:
+    workdir = tmp_path / "run"
+    with lock_workdir(workdir) as is_held:
+        (tmp_path / "link").symlink_to(workdir)
+        assert is_held()
+        workdir.rename(tmp_path / "elsewhere")
+        if use == "remove":
+            shutil.rmtree(tmp_path / "elsewhere")
+        if use == "make another":
+            with lock_workdir(workdir) as other_holds:  # another job is let in
+                assert other_holds()
+        assert not is_held()
+        if use == "move":  # and linked from where it was
+            workdir.symlink_to(tmp_path / "elsewhere")
+            assert is_held()
+
+
+@pytest.mark.parametrize("call", ["_save", "_score_tasks", "_rewind"])
+def test_a_run_without_its_workdir_writes_nothing_more(call: str, tmp_path: pathlib.Path) -> None:
+    run = object.__new__(_Run)
+    run.workdir, run.is_held, run.tracing = tmp_path / "run", lambda: False, False
+    run.writer = run.mirror = types.SimpleNamespace(close=lambda: None)
+    closed: list[bool] = []
+    run.checkpoints = types.SimpleNamespace(close=closed.append)
+    bad = types.SimpleNamespace(step=7)
+    with pytest.raises(RunError, match=r"--workdir=.*/run was moved or removed while it trained, and step 7 is not"):
+        {"_save": lambda: run._save(7, None, None), "_score_tasks": lambda: run._score_tasks(7, None),
+         "_rewind": lambda: run._rewind(bad)}[call]()  # fmt: skip
+    run.close()
+    assert closed == [True] and not list(tmp_path.iterdir())
+
+
+@pytest.mark.full
+def test_a_run_whose_workdir_is_moved_ends(
+    copied: Any, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, workdir = copied
+    begin = clock.start_step
+
+    def move_first(step: int) -> None:
+        if step == 7:
+            workdir.rename(tmp_path / "elsewhere")
+        begin(step)
+
+    monkeypatch.setattr(clock, "start_step", move_first)
+    with pytest.raises(RunError, match="was moved or removed while it trained"):
+        run(overridden(config, tmp_path, "train.steps=8", "train.tasks_every=0"), workdir)
+    assert not workdir.exists() and Checkpoints(tmp_path / "elsewhere").latest() == 6
 
 
 def test_records_after_the_restored_step_are_dropped(tmp_path: pathlib.Path) -> None:
