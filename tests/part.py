@@ -2,7 +2,8 @@
 hash of it: landing after landing all of them are run.
 
 A test that fails here and fails on the parent commit too is reported and blocks nothing, nor does one that passes
-alone, or could not be compared. The exit code is 1 if one fails that passes there, or is not there.
+alone, or could not be compared. The exit code is 1 if one fails that passes there, or is not there, or if pytest could
+not run this tree, or found no test in it.
 """
 
 import contextlib
@@ -21,41 +22,42 @@ MOST = 40  # failures that the parent is asked about
 COMPARING = 600  # seconds that asking may take
 LIMIT = 1500  # seconds of a part; what has not run by then waits for another landing
 ROOT = pathlib.Path(__file__).parents[1]
+_RAN = (0, 1, 2)  # pytest's exit codes where it ran: all passed, some failed, some files could not be read, or stopped
 
 
 def main(number: int) -> int:
     print(f"part {number} of {PARTS} of the full suite", flush=True)
-    failed = run(ROOT, f"--part={number}/{PARTS}", "-m", "full and not gpu", "-n", "auto", "--maxprocesses=8",
+    code, failed = run(ROOT, f"--part={number}/{PARTS}", "-m", "full and not gpu", "-n", "auto", "--maxprocesses=8",
                  "--dist=loadfile")  # fmt: skip
     if not failed:
-        return 0
+        return int(code not in _RAN)
     since: list[str] = []
     with tempfile.TemporaryDirectory() as folder:
         try:
             git("worktree", "add", "--quiet", "--detach", folder, "HEAD^")
         except subprocess.CalledProcessError as error:
             print(f"no parent to compare with: {error.stderr.strip()}")
-            return 0
+            return int(code not in _RAN)
         until = time.monotonic() + COMPARING
         for name in failed[:MOST]:
             if time.monotonic() > until:
                 print(f"stopped comparing after {COMPARING} s")
                 break
             alone = ("-n0", "-m", "full or not full")
-            if not run(ROOT, name, *alone, limit=COMPARING):
+            if not run(ROOT, name, *alone, limit=COMPARING)[1]:
                 print(f"passes alone: {name}")
-            elif run(pathlib.Path(folder), name, *alone, limit=COMPARING):
+            elif run(pathlib.Path(folder), name, *alone, limit=COMPARING)[1]:
                 print(f"fails on the parent too: {name}")
             else:
                 since.append(name)
         subprocess.run(["git", "worktree", "remove", "--force", folder], cwd=ROOT, capture_output=True)
     for name in since:
         print(f"fails since this commit: {name}")
-    return int(bool(since))
+    return int(bool(since) or code not in _RAN)
 
 
-def run(tree: pathlib.Path, *arguments: str, limit: float = LIMIT) -> list[str]:
-    """The tests that fail in a tree: their node ids, or the files that can't be read."""
+def run(tree: pathlib.Path, *arguments: str, limit: float = LIMIT) -> tuple[int, list[str]]:
+    """(pytest's exit code, the tests that fail in a tree: their node ids, or the files that can't be read)."""
     with tempfile.TemporaryDirectory() as cache:
         command = [sys.executable, "-m", "pytest", *arguments, "--tb=short", "-o", f"cache_dir={cache}"]
         job = subprocess.Popen(command, cwd=tree, env=os.environ | {"PYTHONPATH": str(tree)}, start_new_session=True)
@@ -66,9 +68,9 @@ def run(tree: pathlib.Path, *arguments: str, limit: float = LIMIT) -> list[str]:
             code = _stop(job)
         found = pathlib.Path(cache, "v/cache/lastfailed")
         failed = sorted(json.loads(found.read_text())) if found.exists() else []
-    if code not in (0, 1, 2) and not failed:
+    if code not in _RAN:
         print(f"pytest ended with {code} in {tree}")  # 4: no such test
-    return failed
+    return code, failed
 
 
 def _stop(job: subprocess.Popen) -> int:
