@@ -336,8 +336,8 @@ class _Run:
         self.lost = not hosts.broadcast(self.is_held())
         if self.lost:
             raise RunError(
-                f"--workdir={self.workdir} was moved or removed while it trained, and step {step} is not saved; to go on "
-                f"from its last checkpoint, give the place where it is now"
+                f"--workdir={self.workdir} was moved or removed while it trained, and step {step} is not saved; to go "
+                f"on from its last checkpoint, give the place where it is now"
             )
 
     def _stop_trace(self) -> None:

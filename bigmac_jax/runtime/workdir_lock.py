@@ -19,7 +19,7 @@ def lock_workdir(workdir: pathlib.Path) -> Iterator[Callable[[], bool]]:
     Raises:
       ConfigError: another job trains there, or the workdir cannot be written.
     """
-    is_held: Callable[[], bool] = lambda: True
+    is_held: Callable[[], bool] = _process_0_knows
     with contextlib.ExitStack() as stack:
         with hosts.raise_together():
             if hosts.is_first():
@@ -34,3 +34,7 @@ def lock_workdir(workdir: pathlib.Path) -> Iterator[Callable[[], bool]]:
                         f"--workdir={workdir} cannot be written ({storage.reason(error)}); give another one"
                     ) from None
         yield is_held
+
+
+def _process_0_knows() -> bool:
+    return True
