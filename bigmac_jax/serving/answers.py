@@ -5,8 +5,22 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
+from bigmac_jax.data.tokenizer import Tokenizer
 from bigmac_jax.inference.jobs import Job, Step
 from bigmac_jax.serving.api import CompletionRequest, Fields
+
+Name = tuple[str, list[int] | None]
+
+
+def name_token(tokenizer: Tokenizer, token: int) -> Name:
+    """A token's text with its space, or `bytes:\\xe2\\x82` if that is not whole characters; and its bytes, if known."""
+    own = tokenizer.bytes_of(token)
+    if own is None:
+        return tokenizer.decode([token]), None
+    try:
+        return own.decode(), list(own)
+    except UnicodeDecodeError:
+        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in own), list(own)
 
 
 class Answer:
@@ -15,18 +29,18 @@ class Answer:
     Args:
       jobs: the request's completions: n of its first prompt, then of the next.
       model: the name that the server calls its model by.
-      token_text: gives the text of a token.
+      token_name: gives the name of a token and its bytes, as `name_token`.
     """
 
-    def __init__(self, request: CompletionRequest, jobs: Sequence[Job], model: str, token_text: Callable[[int], str]):
-        self.request, self._jobs, self._token_text = request, jobs, token_text
+    def __init__(self, request: CompletionRequest, jobs: Sequence[Job], model: str, token_name: Callable[[int], Name]):
+        self.request, self._jobs, self._token_name = request, jobs, token_name
         self._head: Fields = {
             "id": f"{'chatcmpl' if request.chat else 'cmpl'}-{secrets.token_hex(12)}",
             "object": "chat.completion" if request.chat else "text_completion",
             "created": int(time.time()),
             "model": model,
         }
-        self._offsets = [len(self._echo(i)) for i in range(len(jobs))]
+        self._described = [0] * len(jobs)  # tokens of each completion whose log-probabilities are given out
 
     def build(self, steps: list[list[Step]]) -> Fields:
         """The whole answer, from all steps of each completion."""
@@ -82,21 +96,26 @@ class Answer:
             return None
         if self.request.chat:
             return {"content": [self._describe_step(step) for step in steps], "refusal": None}
-        texts, offsets = [self._token_text(step.token) for step in steps], []
-        for text in texts:
-            offsets.append(self._offsets[i])
-            self._offsets[i] += len(text)
+        start, before = self._described[i], len(self._echo(i))
+        self._described[i] += len(steps)
         return {
-            "tokens": texts,
+            "tokens": [self._token_name(step.token)[0] for step in steps],
             "token_logprobs": [step.logprob for step in steps],
-            "top_logprobs": [{self._token_text(token): value for token, value in step.alternatives} for step in steps],
-            "text_offset": offsets,
+            "top_logprobs": [self._top_logprobs(step) for step in steps],
+            "text_offset": [before + offset for offset in self._jobs[i].text.offsets[start : self._described[i]]],
         }
+
+    def _top_logprobs(self, step: Step) -> dict[str, float]:
+        """The most likely tokens by name; of equal names the most likely."""
+        top: dict[str, float] = {}
+        for token, value in step.alternatives:
+            top.setdefault(self._token_name(token)[0], value)
+        return top
 
     def _describe_step(self, step: Step) -> Fields:
         def describe(token: int, logprob: float) -> Fields:
-            text = self._token_text(token)
-            return {"token": text, "logprob": logprob, "bytes": list(text.encode())}
+            name, own = self._token_name(token)
+            return {"token": name, "logprob": logprob, "bytes": own}
 
         alternatives = [describe(*alternative) for alternative in step.alternatives]
         return {**describe(step.token, step.logprob), "top_logprobs": alternatives}

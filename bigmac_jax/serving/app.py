@@ -21,7 +21,7 @@ from bigmac_jax.inference.jobs import Step
 from bigmac_jax.inference.text import BROKEN
 from bigmac_jax.serving import api
 from bigmac_jax.serving.access import Access
-from bigmac_jax.serving.answers import Answer
+from bigmac_jax.serving.answers import Answer, name_token
 from bigmac_jax.serving.dialogue import Dialogue
 from bigmac_jax.serving.limits import ApiError
 from bigmac_jax.serving.work_threads import SHORT, Check, WorkThreads, forget_frames
@@ -50,7 +50,7 @@ class Service:
         self.threads = WorkThreads()
         self._long = 0  # bytes of long requests that have not been read
         self._created = int(time.time())
-        self._token_text = functools.lru_cache(1 << 16)(lambda token: generator.tokenizer.decode([token]))
+        self._token_name = functools.lru_cache(1 << 16)(functools.partial(name_token, generator.tokenizer))
 
     def app(self) -> Starlette:
         """The ASGI application."""
@@ -102,7 +102,7 @@ class Service:
         # Each completion draws with its own number, so that equal prompts of a request don't give equal texts.
         prompts = [prompt for prompt in asked.prompts for _ in range(asked.n)]
         jobs = [self._generator.job(prompt, asked.sampling, number, chat) for number, prompt in enumerate(prompts)]
-        answer = Answer(asked, jobs, self._model, self._token_text)
+        answer = Answer(asked, jobs, self._model, self._token_name)
         ticket = self._worker.submit(jobs, arrived)
         if asked.stream:
             return _EventStream(self._events(answer, ticket), lambda: self._end(ticket))

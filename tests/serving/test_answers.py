@@ -1,0 +1,60 @@
+"""What an answer says of its tokens."""
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+from bigmac_jax.data.tokenizer import ByteTokenizer, Tokenizer
+from bigmac_jax.inference.jobs import Job, Step
+from bigmac_jax.inference.sampling import Sampling
+from bigmac_jax.inference.text import Text
+from bigmac_jax.serving.answers import Answer, name_token
+from bigmac_jax.serving.api import CompletionRequest
+
+
+def logprobs(tokenizer: Tokenizer, tokens: Sequence[int], chat: bool = False, stream: bool = False) -> list[Any]:
+    """Those of an answer, one entry for each of its chunks; every token might have been the byte 0xb0 or 0xb1, too."""
+    sampling = Sampling(len(tokens), logprobs=3)
+    job = Job([1], sampling, Text(tokenizer, sampling))
+    request = CompletionRequest(chat, [[1]], ["" if chat else "ab"], sampling, 1, stream, False, True)
+    answer = Answer(request, [job], "m", partial(name_token, tokenizer))
+    steps = []
+    for token in tokens:
+        piece = job.text.add(token, -0.1)
+        others = tuple((byte, value) for byte, value in ((0xB0, -2.5), (0xB1, -9.0)))
+        steps.append(Step(job, piece, token, -0.1, ((token, -0.1), *others), job.text.finish_reason))
+    answers = [answer.chunk(0, step) for step in steps] if stream else [answer.build([steps])]
+    return [one["choices"][0]["logprobs"] for one in answers if one]
+
+
+def test_parts_of_characters_have_names_and_places() -> None:
+    (found,) = logprobs(ByteTokenizer(), "aé€".encode())
+    names = [r"bytes:\xc3", r"bytes:\xa9", r"bytes:\xe2", r"bytes:\x82", r"bytes:\xac"]
+    assert found["tokens"] == ["a", *names]
+    assert found["text_offset"] == [2, 3, 3, 4, 4, 4]
+    assert found["top_logprobs"][1] == {names[0]: -0.1, r"bytes:\xb0": -2.5, r"bytes:\xb1": -9.0}
+    parts = logprobs(ByteTokenizer(), "aé€".encode(), stream=True)
+    for name, values in found.items():
+        assert [value for part in parts for value in part[name]] == values
+
+
+def test_the_most_likely_of_equal_names_counts() -> None:
+    class Unknown(ByteTokenizer):
+        """Whose tokens have no bytes that are known."""
+
+        def decode(self, ids: object) -> str:
+            return "a"
+
+        def bytes_of(self, token: int) -> None:
+            return None
+
+    (found,) = logprobs(Unknown(), [1])
+    assert found["top_logprobs"] == [{"a": -0.1}]
+    (found,) = logprobs(Unknown(), [1], chat=True)
+    assert found["content"][0]["token"] == "a" and found["content"][0]["bytes"] is None
+
+
+def test_a_chat_has_the_bytes_of_tokens() -> None:
+    (found,) = logprobs(ByteTokenizer(), "é€".encode(), chat=True)
+    assert bytes(byte for token in found["content"] for byte in token["bytes"]).decode() == "é€"
+    assert [top["bytes"] for top in found["content"][0]["top_logprobs"]] == [[0xC3], [0xB0], [0xB1]]
