@@ -46,10 +46,20 @@ _TOP_K = flags.DEFINE_integer("top_k", 2, "upcycle: experts that a token is sent
 _COPIES = flags.DEFINE_integer("copies", 2, "widen: copies of each expert, and of each choice.", lower_bound=1)
 _NOISE = flags.DEFINE_float("noise", 0.01, "widen: noise between copies, over a matrix's root mean square.", 0.0)
 _TOKENS = flags.DEFINE_integer("tokens", 65536, "latent: tokens of training text that W↓ and W↑ are fitted to.", 1)
+_MAKES = ("workdir", "step", "output")
+_FLAGS = {  # of each action
+    "export": (*_MAKES, "format", "dtype", "max_shard_size"),
+    "import": ("workdir", "checkpoint"),
+    "latent": (*_MAKES, "ratio", "latent_norm", "tokens"),
+    "upcycle": (*_MAKES, "experts", "top_k", "tokens"),
+    "widen": (*_MAKES, "copies", "noise", "tokens"),
+}
 
 
 def main() -> None:
     action = cli.ARGUMENTS[0] if len(cli.ARGUMENTS) == 1 else ""
+    if action in _FLAGS:
+        _check_used(action)
     if action == "export" and _OUTPUT.value:
         _export(locate_workdir(_WORKDIR.value))
     elif action == "import" and _CHECKPOINT.value:
@@ -57,13 +67,22 @@ def main() -> None:
     elif action in ("latent", "upcycle", "widen") and _OUTPUT.value:
         _convert(action, locate_workdir(_WORKDIR.value), locate_workdir(_OUTPUT.value))
     else:
-        known = ("export", "import", "latent", "upcycle", "widen")
-        if action not in known and (meant := question(nearest(action, known))):
+        if action not in _FLAGS and (meant := question(nearest(action, list(_FLAGS)))):
             raise ConfigError(f"{action!r} is no conversion; {meant}")
         raise ConfigError(
             "give `import --checkpoint=DIR --workdir=DIR`, or one of export, latent, upcycle and widen with "
             "`--workdir=DIR --output=NEW`"
         )
+
+
+def _check_used(action: str) -> None:
+    """Raises ConfigError for a flag that was given and is of other actions."""
+    for name in dict.fromkeys(name for names in _FLAGS.values() for name in names):
+        if name not in _FLAGS[action] and flags.FLAGS[name].present:
+            value = flags.FLAGS[name].value
+            others = ", ".join(other for other, names in _FLAGS.items() if name in names)
+            fix = f"import writes --workdir={value}" if (action, name) == ("import", "output") else "leave it out"
+            raise ConfigError(f"--{name}={value} is of {others}, and not of {action}; {fix}")
 
 
 def _export(workdir: pathlib.Path) -> None:
@@ -76,7 +95,9 @@ def _export(workdir: pathlib.Path) -> None:
         if peft and _MAX_SHARD_SIZE.value != _MAX_SHARD_SIZE.default:
             raise ConfigError("--max_shard_size: PEFT reads adapters from one file; drop it, or use --format=auto")
         choose_format(saved, "auto" if peft else _FORMAT.value)  # before the model is read
-        storage.locate(_OUTPUT.value, "--output")
+        output = storage.locate(_OUTPUT.value, "--output")
+        if hosts.is_first():
+            tensor_files.check_new(output)
         tokenizer = load_run_tokenizer(workdir, saved)
     cli.agree(meshed, __name__)
     cli.enter_mesh(meshed, fit_batch=False)
