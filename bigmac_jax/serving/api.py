@@ -105,7 +105,7 @@ def parse_request(
     field, limit = "messages" if chat else "prompt", PromptLimit(longest, check)
     try:
         if chat is None:
-            prompts, texts = _prompts(fields.get("prompt"), tokenizer, vocab_size, n, limits.choices, limit)
+            prompts, texts = _prompts(fields.get("prompt"), tokenizer, vocab_size, n, limits.choices, limit, echo)
         else:
             prompts, texts = [chat.prompt(_messages(fields.get("messages")), limit)], [""]
             new = new or max(1, longest - len(prompts[0]))
@@ -122,7 +122,7 @@ def parse_request(
     return CompletionRequest(
         chat is not None,
         prompts,
-        texts if echo else [""] * len(prompts),
+        texts,
         replace(sampling, max_tokens=new),
         n,
         stream,
@@ -190,9 +190,9 @@ def _sampling(fields: Fields, alternatives: int, stop: tuple[str, ...]) -> Sampl
 
 
 def _prompts(
-    prompt: Any, tokenizer: Tokenizer, vocab_size: int, n: int, most: int, limit: PromptLimit
+    prompt: Any, tokenizer: Tokenizer, vocab_size: int, n: int, most: int, limit: PromptLimit, echo: bool
 ) -> tuple[list[list[int]], list[str]]:
-    """Token ids of each prompt, and its text where that was given; raises TooLongError for one that is too long."""
+    """Token ids of each prompt, and its text, "" without `echo`; raises TooLongError for one that is too long."""
     many = [prompt]
     if isinstance(prompt, list) and prompt and not all(type(token) is int for token in prompt):
         many = prompt
@@ -203,12 +203,12 @@ def _prompts(
     ids, texts = [], []
     for one in many:
         if isinstance(one, str):
-            texts.append(one)
+            texts.append(one if echo else "")
             ids.append(encode_at_most(tokenizer.encode_batch, [one], limit.tokens, tokenizer.token_bytes, limit.check))
         elif isinstance(one, list) and len(one) > limit.tokens:
             raise TooLongError(limit.tokens)
         elif isinstance(one, list) and all(type(token) is int and 0 <= token < vocab_size for token in one):
-            texts.append("")
+            texts.append(tokenizer.decode(one) if echo else "")
             ids.append(one)
         else:
             message = f"prompt must be a text, token ids in [0, {vocab_size}), or a list of either"

@@ -61,7 +61,7 @@ def test_the_openai_client_completes(client: openai.OpenAI) -> None:
     assert [c.text for c in three.choices] == [c.text for c in again.choices]
     assert len({c.text for c in three.choices}) == 3 and [c.index for c in three.choices] == [0, 1, 2]
     two = client.completions.create(**given | {"prompt": ["the state of", [116, 104, 101]]}, temperature=0, echo=True)
-    assert two.choices[0].text == "the state of" + one.choices[0].text and len(two.choices) == 2
+    assert two.choices[0].text == "the state of" + one.choices[0].text and two.choices[1].text.startswith("the")
 
 
 def test_the_openai_client_streams(client: openai.OpenAI) -> None:

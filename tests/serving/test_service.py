@@ -73,6 +73,14 @@ async def test_completions_of_a_request_draw_for_themselves() -> None:
 
 
 @alone
+async def test_an_echo_of_texts_and_tokens() -> None:
+    body = SHORT | {"prompt": ["é", list("é".encode())]}
+    for echo, text in ((True, "éaa"), (False, "aa")):
+        _, answer = await Served().ask(COMPLETIONS, body | {"echo": echo})
+        assert [choice["text"] for choice in answer["choices"]] == [text] * 2
+
+
+@alone
 async def test_an_answer_begins_a_text_and_a_completion_goes_on() -> None:
     """Which decides whether the space before its first word is its own."""
     served, begun = Served(), list[bool]()
