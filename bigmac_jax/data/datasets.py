@@ -162,7 +162,7 @@ def open_dataset(dataset: str, cache_dir: str, setting: str) -> Any:
 
 def _on_disk(root: pathlib.Path) -> pathlib.Path:
     """The folder on a disk for a cache: array_record files are read from disks alone."""
-    return storage.local_copy_path(root) if storage.is_store(root) else root
+    return storage.make_local_copy_folder(root) if storage.is_store(root) else root
 
 
 def _prepare(builder: Any, setting: str, show: bool) -> Any:

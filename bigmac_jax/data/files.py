@@ -109,8 +109,7 @@ class Digests:
         name = hashlib.sha256(os.path.abspath(os.path.expanduser(corpus)).encode()).hexdigest()[:20]
         folder = make_cache_directory(cache_dir, "digests")
         if storage.is_store(folder):  # each machine keeps a table of its own
-            folder = storage.local_copy_path(folder)
-            folder.mkdir(parents=True, exist_ok=True)
+            folder = storage.make_local_copy_folder(folder)
         self._path = folder / f"{name}.json"
 
     def __call__(self, paths: Sequence[pathlib.Path]) -> list[str]:

@@ -42,7 +42,7 @@ class ShardStore:
 
     def __init__(self, kept: pathlib.Path, key: str, docs: Documents, split: str, tokenizer: Tokenizer):
         self.kept, self.key, self.docs, self.split, self.tokenizer = kept, key, docs, split, tokenizer
-        self.folder = storage.local_copy_path(kept.parent) / kept.name if storage.is_store(kept) else kept
+        self.folder = storage.make_local_copy_folder(kept.parent) / kept.name if storage.is_store(kept) else kept
         self.dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32)
 
     def index(self) -> Record | None:

@@ -116,8 +116,12 @@ def _asks_for_processes(coordinator: str, num_processes: int, process_id: int, d
         )
     if not 0 <= process_id < num_processes:
         raise ConfigError(f"--process_id={process_id} must be below --num_processes={num_processes}; count from 0")
-    if not coordinator.rpartition(":")[2].isdigit():
-        raise ConfigError(f"--coordinator={coordinator} must be HOST:PORT, as in --coordinator=10.0.0.1:1234")
+    host, _, port = coordinator.rpartition(":")
+    if not (host and port.isascii() and port.isdecimal() and 0 < int(port) < 1 << 16):
+        raise ConfigError(
+            f"--coordinator={coordinator} must be HOST:PORT with a port of 1 to 65535, as in "
+            f"--coordinator=10.0.0.1:1234"
+        )
     return True
 
 

@@ -5,6 +5,7 @@ that stand here. Nothing else knows of schemes.
 """
 
 import contextlib
+import errno
 import glob
 import hashlib
 import importlib.util
@@ -225,10 +226,24 @@ def move(source: pathlib.Path, target: pathlib.Path) -> None:
         os.rename(source, target)
 
 
-def local_copy_path(path: pathlib.Path) -> pathlib.Path:
-    """The local folder that holds the copy of a folder in an object store; it may be removed at will."""
-    base = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
-    return base / "bigmac_jax" / "stores" / hashlib.sha256(str(path).encode()).hexdigest()[:20]
+def make_local_copy_folder(path: pathlib.Path) -> pathlib.Path:
+    """Makes and returns the local folder for the copy of a folder in an object store; it may be removed at will.
+
+    Raises:
+      ConfigError: it cannot be written.
+    """
+    base = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache")
+    try:
+        folder = base.expanduser() / "bigmac_jax" / "stores" / hashlib.sha256(str(path).encode()).hexdigest()[:20]
+        folder.mkdir(parents=True, exist_ok=True)
+        if not os.access(folder, os.W_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+    except (OSError, RuntimeError) as error:  # RuntimeError: no home
+        raise ConfigError(
+            f"{path} is read from a copy on this machine, and {base} cannot be written ({reason(error)}); set the "
+            f"environment variable XDG_CACHE_HOME to a folder that can"
+        ) from None
+    return folder
 
 
 def fetch_tree(source: pathlib.Path, target: pathlib.Path) -> None:

@@ -51,14 +51,20 @@ def locate_workdir(place: str) -> pathlib.Path:
     """The path of --workdir.
 
     Raises:
-      ConfigError: no path, or on a store that takes no checkpoints.
+      ConfigError: no path, one that the disk refuses, or on a store that takes no checkpoints.
     """
     if place.startswith("s3://"):
         raise ConfigError(
             f"--workdir={place} can't be on S3, where Orbax writes no checkpoints; use a local disk or gs:// for it "
             f"(data, cache_dir and exports may be on s3://)"
         )
-    return locate(place, "--workdir")
+    path = locate(place, "--workdir")
+    try:
+        if not is_store(path):
+            path.exists()
+    except OSError as error:  # too long, or in a folder that may not be entered
+        raise ConfigError(f"--workdir={place} cannot be used ({error.strerror}); give another one") from None
+    return path
 
 
 def read_config(workdir: pathlib.Path) -> Config:

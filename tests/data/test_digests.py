@@ -8,13 +8,15 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from bigmac_jax.config import ConfigError
-from bigmac_jax.data import files
+from bigmac_jax.data import datasets, files
 from bigmac_jax.data.corpus import open_documents
 from bigmac_jax.data.documents import WHOLE
 from bigmac_jax.data.files import Digests
 from bigmac_jax.data.local_files import FileDocuments
 from bigmac_jax.data.pipeline import open_stream
+from bigmac_jax.data.token_shards import ShardStore
 from bigmac_jax.data.tokenizer import ByteTokenizer
+from bigmac_jax.runtime import storage
 
 
 def bytes_read() -> int:
@@ -86,6 +88,31 @@ def test_ten_thousand_files_of_five_gigabytes(tmp_path, make_config, monkeypatch
             assert read > 5e9
         else:
             assert read < 0.01 * 5.12e9 and seconds < 3, (read, seconds)
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda place: files.Digests(place, "corpus"),
+        lambda place: datasets._on_disk(storage.locate(place, "cache_dir")),
+        lambda place: ShardStore(storage.locate(place, "cache_dir") / "tokens" / "a", "", None, "train", None),
+    ],
+)
+@pytest.mark.parametrize("why", ["Not a directory", "Permission denied", "Could not determine home"])
+def test_a_home_that_cannot_be_written_is_one_line(use, why, tmp_path, monkeypatch) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file" if why == "Not a directory" else tmp_path))
+    if why == "Permission denied":
+        monkeypatch.setattr(storage.os, "access", lambda *_: False)
+    elif why != "Not a directory":
+
+        def homeless(path):
+            raise RuntimeError("Could not determine home directory.")
+
+        monkeypatch.setattr(pathlib.Path, "expanduser", homeless)
+    line = rf"gs://bucket/\S+ is read from a copy .* cannot be written \(.*{why}.*\); set the .* XDG_CACHE_HOME to"
+    with pytest.raises(ConfigError, match=line):
+        use("gs://bucket/cache")
 
 
 def test_only_what_is_new_or_changed_is_read(corpus, settled, tmp_path, monkeypatch) -> None:

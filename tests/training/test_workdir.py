@@ -26,7 +26,14 @@ from bigmac_jax.runtime.environment import software_versions
 from bigmac_jax.training import workdir as workdir_module
 from bigmac_jax.training.checkpoint import Checkpoints
 from bigmac_jax.training.run_data import check_data, open_run_stream
-from bigmac_jax.training.workdir import load_run_tokenizer, read_config, read_run_json, write_config, write_run
+from bigmac_jax.training.workdir import (
+    load_run_tokenizer,
+    locate_workdir,
+    read_config,
+    read_run_json,
+    write_config,
+    write_run,
+)
 from bigmac_jax.tuning import restore
 
 from .tools import small
@@ -109,6 +116,13 @@ def test_a_checkpoint_under_another_name_is_passed_over(copied: Any, caplog: Any
     with pytest.raises(ConfigError, match=r"step=1 of .* is damaged: it is of step 2; use"):
         reader.resolve("1")
     reader.close()
+
+
+def test_a_path_that_no_disk_takes_is_one_line() -> None:
+    with pytest.raises(
+        ConfigError, match=r"^--workdir=a{300} cannot be used \(File name too long\); give another one$"
+    ):
+        locate_workdir("a" * 300)
 
 
 @pytest.mark.parametrize("split", ["train", "validation", "test"])
