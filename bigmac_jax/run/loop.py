@@ -123,6 +123,8 @@ class _Run:
         with clock.timed("compile"):
             train_step = self._compiled()
             self.constants = RunConstants(self.config)  # measures the machine, which has nothing else to do now
+        if (line := unused_profile(profile, self.first_step + 1, self.config.train.steps)) and hosts.is_first():
+            _log.warning("%s", line)
         self._write_lost()
         with signals.stop_signals() as stopped:  # until here there was nothing to save: they ended the process
             clock.switch("first step")
@@ -359,6 +361,14 @@ class _Run:
                 write_report(self.workdir)
         except storage.errors(ValueError) as error:  # of a full disk, which also cuts lines of metrics.jsonl
             _log.warning("report.png is not drawn (%s)", error)
+
+
+def unused_profile(profile: tuple[int, int] | None, first: int, last: int) -> str:
+    """A line where a run of the steps `first` to `last` takes none of those that are to be traced."""
+    if profile is None or first > last or (profile[0] <= last and profile[1] >= first):
+        return ""
+    shown = f"{profile[0]}:{profile[1]}"
+    return f"--profile={shown} traces nothing: this start takes steps {first} to {last}; give it some of these"
 
 
 def _on_device(data: TrainIterator, rows: Sequence[int], batch_size: int) -> Iterator[Batch]:

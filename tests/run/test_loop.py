@@ -19,7 +19,7 @@ from bigmac_jax.config import Config, ConfigError, load_config
 from bigmac_jax.data.tokenizer import load_tokenizer
 from bigmac_jax.model.counts import flops
 from bigmac_jax.model.mesh import make_mesh
-from bigmac_jax.run.loop import Result, _Run, train
+from bigmac_jax.run.loop import Result, _Run, train, unused_profile
 from bigmac_jax.runtime.clock import clock
 from bigmac_jax.runtime.workdir_lock import lock_workdir
 from bigmac_jax.training.bad_steps import RunError
@@ -167,7 +167,7 @@ def test_another_learning_rate_goes_on_with_a_line(copied: Any, tmp_path: pathli
     config, workdir = copied
     changes = ("optimizer.learning_rate=0.02", "optimizer.final_learning_rate=0.02", "optimizer.clip_norm=0.5")
     changed = overridden(config, tmp_path, *changes, "train.steps=8")
-    assert run(changed, workdir).step == 8
+    assert run(changed, workdir, profile=(2, 6)).step == 8
     (said,) = [record.message for record in caplog.records if "learning_rate" in record.message]
     assert said == (
         "optimizer.learning_rate 0.01 → 0.02, optimizer.final_learning_rate 0.001 → 0.02, optimizer.clip_norm 1.0 → "
@@ -176,6 +176,7 @@ def test_another_learning_rate_goes_on_with_a_line(copied: Any, tmp_path: pathli
     rates = {record["step"]: record["learning_rate"] for record in read_records(workdir) if "loss" in record}
     assert rates[6] == pytest.approx(0.01 * 0.1 + 0.009 * (1 + math.cos(0.75 * math.pi)) / 2)
     assert [rates[step] for step in (7, 8)] == [pytest.approx(0.02)] * 2
+    assert "--profile=2:6 traces nothing" in caplog.text and not (workdir / "profile").exists()
     assert read_config(workdir) == as_saved(changed)
 
 
@@ -236,6 +237,21 @@ def test_a_failed_start_leaves_the_workdir_free(tmp_path: pathlib.Path) -> None:
     for source in ("missing.txt", "wrong.txt"):
         with pytest.raises(ConfigError, match=rf"data\.source='{source}' is not there"):
             run(overridden(config, tmp_path, f"data.source={source}"), tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    ("profile", "line"),
+    [
+        (None, ""),
+        ((2, 7), ""),
+        ((8, 20), ""),
+        ((2, 6), "--profile=2:6 traces nothing: this start takes steps 7 to 8; give it some of these"),
+        ((9, 9), "--profile=9:9 traces nothing: this start takes steps 7 to 8; give it some of these"),
+    ],
+)
+def test_a_profile_of_steps_that_are_not_taken_is_a_line(profile: tuple[int, int] | None, line: str) -> None:
+    assert unused_profile(profile, 7, 8) == line
+    assert unused_profile(profile, 9, 8) == ""  # of a finished run, which says so
 
 
 @pytest.mark.parametrize("use", ["move", "remove", "make another"])
