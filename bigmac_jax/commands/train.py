@@ -1,6 +1,7 @@
 """Trains a model: bigmac train --config=configs/tiny.py --workdir=DIR [--config.model.structure=fine_grained …]."""
 
 import pathlib
+import shlex
 import sys
 
 import jax
@@ -92,8 +93,9 @@ def _done(step: int) -> str:
 
 def _next(workdir: str) -> str:
     chats = (locate_workdir(workdir) / TEMPLATE_FILE).exists()  # generate takes its prompt as it is
-    use = f"bigmac serve --workdir={workdir}" if chats else f"bigmac generate --workdir={workdir} --prompt=TEXT"
-    return f"bigmac eval --workdir={workdir}, {use}"
+    run = f"--workdir={shlex.quote(workdir)}" + (f" --cpu_devices={n}" if (n := cli.CPU_DEVICES.value) else "")
+    use = f"bigmac serve {run}" if chats else f"bigmac generate {run} --prompt=TEXT"
+    return f"bigmac eval {run}, {use}"
 
 
 def _finished(steps: int, step: int) -> str:
@@ -110,6 +112,6 @@ def _steps(text: str) -> tuple[int, int] | None:
     if not text:
         return None
     start, colon, stop = text.partition(":")
-    if not (colon and start.isdigit() and stop.isdigit() and 0 < int(start) <= int(stop)):
+    if not (colon and start.isdecimal() and stop.isdecimal() and 0 < int(start) <= int(stop)):
         raise ConfigError(f"--profile={text} must be START:STOP with 1 <= START <= STOP, as in --profile=10:12")
     return int(start), int(stop)

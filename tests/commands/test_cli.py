@@ -208,7 +208,8 @@ def test_train(outcomes: dict[str, Outcome], folder: pathlib.Path) -> None:
     assert " training tokens, mesh expert 2, " in out
     assert out.splitlines()[-1] == (
         f"trained to step 3, saved in {folder}/run; {folder}/run/report.png has its curves; next: "
-        f"bigmac eval --workdir={folder}/run, bigmac generate --workdir={folder}/run --prompt=TEXT"
+        f"bigmac eval --workdir={folder}/run --cpu_devices=2, "
+        f"bigmac generate --workdir={folder}/run --cpu_devices=2 --prompt=TEXT"
     )
     assert unexplained(out + err) == []
     assert f"reads data.source={folder}/train.jsonl, which {folder}/config.json names" in out.splitlines()
