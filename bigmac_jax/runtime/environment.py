@@ -147,9 +147,10 @@ def software_versions() -> dict[str, str]:
     import importlib.metadata
     import platform
 
-    code = hashlib.sha256()
-    for path in sorted(pathlib.Path(__file__).parents[1].rglob("*.py")):
-        code.update(path.read_bytes())
+    code, package = hashlib.sha256(), pathlib.Path(__file__).parents[1]
+    for path in sorted(package.rglob("*.py")):
+        if package / "configs" not in path.parents:  # which a wheel has, and a checkout has elsewhere
+            code.update(path.read_bytes())
     versions = {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "flax", "optax", "numpy", "grain")}
     return {"Python": platform.python_version()} | versions | {"bigmac_jax's code": code.hexdigest()[:12]}
 

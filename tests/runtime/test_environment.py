@@ -1,6 +1,7 @@
 """Which compiler options a device gets, and how much of a GPU's memory a process."""
 
 import os
+import pathlib
 from types import SimpleNamespace
 from typing import Any
 
@@ -29,6 +30,20 @@ FUSION = {"xla_tpu_multi_output_fusion_limit": 3}
 LIMIT = {"xla_gpu_memory_limit_slop_factor": 190}
 HIDING = {"xla_gpu_enable_latency_hiding_scheduler": True}
 SPLIT = {"xla_gpu_dot_merger_threshold_mb": 0, "xla_disable_hlo_passes": "multi_output_fusion"}
+
+
+def test_a_checkout_and_a_wheel_have_the_same_code(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A wheel has the shipped configs inside of the package."""
+
+    def code(name: str, content: str) -> str:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(content)
+        return environment.software_versions.__wrapped__()["bigmac_jax's code"]
+
+    monkeypatch.setattr(environment, "__file__", str(tmp_path / "runtime" / "environment.py"))
+    checkout = code("runtime/environment.py", "a = 1\n")
+    assert code("configs/tiny.py", "b = 1\n") == checkout
+    assert code("runtime/clock.py", "c = 1\n") != checkout
 
 
 @pytest.mark.parametrize(
