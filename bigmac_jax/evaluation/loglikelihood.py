@@ -52,9 +52,9 @@ def check_windows(config: Config, length: int, stride: int) -> int:
     if stride > (length or trained):
         raise ConfigError(f"--stride={stride} must be at most the {length or trained} tokens of a window; use fewer")
     if length % ranks:
-        raise ConfigError(
-            f"--length={length} must be a multiple of mesh.tensor={ranks}; use {-(-length // ranks) * ranks}"
-        )
+        near = -(-length // ranks) * ranks
+        near -= ranks * (config.model.positions == "learned" and near > config.context_length)
+        raise ConfigError(f"--length={length} must be a multiple of mesh.tensor={ranks}; use {near}")
     return length or trained
 
 

@@ -104,7 +104,6 @@ class Generator:
     ):
         speculate = speculate or Speculation()
         speculate.check(config)
-        self._positions = config.context_length if config.model.positions == "learned" else math.inf
         require(max_length >= 0, f"max_length={max_length} must be at least 0 (data.sequence_length)")
         check_length("max_length", max_length, config)
         require(batch_size >= 1, f"batch_size={batch_size} must be at least 1")
@@ -112,6 +111,8 @@ class Generator:
         self.batch_size = batch_size
         self.tokenizer = tokenizer or load_tokenizer(config)
         self.mesh = jax.sharding.get_mesh()
+        even = config.context_length // tensor_ranks() * tensor_ranks()
+        self._positions = even if config.model.positions == "learned" else math.inf  # of a text that is scored
         self.vocab_size = config.model.vocab_size
         check_resident(config, self.mesh)
         self._model = None if consume else hold(config, model) if is_resident(config) else model
@@ -167,6 +168,11 @@ class Generator:
         require(not isinstance(texts, str), "texts must be a list; put the one text into brackets")
         token_ids = self._encode(texts, "text")
         for number, ids in enumerate(token_ids, 1):
+            require(
+                len(ids) <= self._positions,
+                f"text {number} has {len(ids)} tokens, which must be at most {self._positions}, the learned positions "
+                f"that mesh.tensor splits evenly; score it in parts",
+            )
             require(
                 len(ids) <= self.max_length,
                 f"text {number} has {len(ids)} tokens, which must be at most max_length={self.max_length}; score it in "

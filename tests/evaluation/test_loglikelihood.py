@@ -241,3 +241,5 @@ def test_lengths_that_do_not_fit(caplog: pytest.LogCaptureFixture) -> None:
         check_windows(rope, 8, 9)
     with pytest.raises(ConfigError, match=r"--length=15 must be a multiple of mesh.tensor=2; use 16"):
         check_windows(tiny((1, 1, 1, 2), length=16), 15, 0)
+    with pytest.raises(ConfigError, match=r"--length=17 must be a multiple of mesh.tensor=2; use 16"):
+        check_windows(tiny((1, 1, 1, 2), length=16, positions="learned", context_length=17), 17, 0)

@@ -328,6 +328,16 @@ def test_what_cannot_be_scored_is_said(generator: Generator) -> None:
         consumed.score(PROMPTS[:1])
 
 
+@pytest.mark.full
+def test_learned_positions_that_tensor_does_not_divide() -> None:
+    config = tiny((1, 1, 1, 2), length=8, num_layers=1, structure="dense", positions="learned", context_length=9)
+    with on_mesh(config):
+        generator = Generator(config, random_model(config), max_length=9)
+        assert len(generator.score([WORDS[:8]])[0].tokens) == 8
+        with pytest.raises(ConfigError, match="text 1 has 9 tokens, which must be at most 8, the learned positions"):
+            generator.score([WORDS[:9]])
+
+
 def test_activations_that_overflow_are_an_error(generator: Generator) -> None:
     """Of parameters that are all finite."""
     config = config_on((1, 1, 1))
