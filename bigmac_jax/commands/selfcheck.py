@@ -122,7 +122,7 @@ def _show(report: Mapping[str, Any], results: Sequence[checks.Result]) -> None:
         table.add_row(result.check.name, verdict, f"{result.seconds:.1f}", escape(result.why) or result.detail)
     console.print(table)
     for name, setting in report["advice"].items():
-        console.print(
-            f"{name} failed: " + (f"set {setting}" if setting else "no setting goes around it"), soft_wrap=True
-        )
+        untested = " (untested)" if setting in checks.UNTESTED.values() else ""
+        fix = f"set --config.{setting}{untested}" if setting else "no setting goes around it"
+        console.print(f"{name} failed: {fix}", soft_wrap=True)
     console.print("[green]ok[/green]" if report["ok"] else "[bold red]not ok[/bold red] (docs/selfcheck.md)")

@@ -19,12 +19,13 @@ from bigmac_jax.selfcheck.part_checks import (
     check_training,
 )
 
-# Settings to try, the best first, where a check of a part fails.
-ALTERNATIVES = {
-    "attention": ("execution.attention=xla", "execution.attention=blocks"),
-    "experts": ("execution.grouped_matmul=blocks",),
+# Settings to take, the best first, where a check of a part fails and all of theirs pass.
+_ALTERNATIVES = {
+    "attention": ("execution.attention=xla", "execution.attention=auto"),
     "exchange": tuple(f"execution.exchange={name}" for name in STRATEGIES),
 }
+# What to try else: it needs least of the platform, and no check asks for it by name.
+UNTESTED = {"attention": "execution.attention=blocks", "experts": "execution.grouped_matmul=blocks"}
 _IMPLEMENTATIONS = {"cpu": ("auto", "xla"), "tpu": ("auto", "xla"), "gpu": ("auto", "xla", "cudnn", "triton")}
 
 
@@ -77,13 +78,15 @@ def run(check: Check) -> Result:
 
 
 def advice(results: Sequence[Result]) -> dict[str, str]:
-    """What to set instead, by the name of each check that failed; "" where nothing else was found to work."""
+    """What to set instead, by the name of each check that failed: what passed all of its checks, or else what is of
+    UNTESTED; "" where there is neither."""
     red = {result.check.setting for result in results if not result.ok}
-    return {
-        result.check.name: next((s for s in ALTERNATIVES.get(result.check.part, ()) if s not in red), "")
-        for result in results
-        if not result.ok
-    }
+    green = {result.check.setting for result in results} - red
+
+    def instead(part: str) -> str:
+        return next((s for s in _ALTERNATIVES.get(part, ()) if s in green), UNTESTED.get(part, ""))
+
+    return {result.check.name: instead(result.check.part) for result in results if not result.ok}
 
 
 def all_checks(devices: Sequence[Any]) -> list[Check]:

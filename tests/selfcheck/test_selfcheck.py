@@ -169,10 +169,42 @@ def test_what_is_broken_is_red_and_the_rest_is_green(monkeypatch: pytest.MonkeyP
     assert [float(trained[1]), float(trained[3])] == pytest.approx([5.581, 4.578], abs=0.005)  # random tokens: log 264
     assert checks.advice(results) == {
         kernel: "execution.grouped_matmul=blocks",
-        attention: "execution.attention=blocks",
+        attention: "execution.attention=auto",
         "exchange gather": "execution.exchange=all_to_all",
         "exchange ragged": "execution.exchange=all_to_all",
     }
+
+
+@pytest.mark.parametrize(
+    ("red", "expected"),
+    [
+        (("auto f", "auto b"), "execution.attention=xla"),
+        (("xla b",), "execution.attention=auto"),  # green in float32 alone is not enough
+        (("auto b", "xla f"), "execution.attention=blocks"),
+        (("dropless",), "execution.grouped_matmul=blocks"),
+        (("all_to_all",), "execution.exchange=dedup"),
+        (("all_to_all", "dedup"), ""),  # no other was checked, of devices that may not have it
+        (("step",), ""),
+    ],
+)
+def test_advice_is_what_was_green_or_is_called_untested(
+    red: tuple[str, ...], expected: str, command: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    names = {"auto f": "execution.attention=auto", "auto b": "execution.attention=auto",
+             "xla f": "execution.attention=xla", "xla b": "execution.attention=xla",
+             "dropless": "execution.grouped_matmul=auto", "all_to_all": "execution.exchange=all_to_all",
+             "dedup": "execution.exchange=dedup", "step": ""}  # fmt: skip
+    parts = ["attention"] * 4 + ["experts", "exchange", "exchange", "training"]
+    results = [
+        checks.Result(checks.Check(name, part, setting, str), "off" if name in red else "", "", 0.0)
+        for (name, setting), part in zip(names.items(), parts, strict=True)
+    ]
+    found = checks.advice(results)
+    assert found == dict.fromkeys(red, expected)
+    command("selfcheck")._show({"advice": found, "ok": False}, results)
+    end = " (untested)" if expected.endswith("=blocks") else ""
+    fix = f"set --config.{expected}{end}" if expected else "no setting goes around it"
+    assert f"{red[0]} failed: {fix}\n" in capsys.readouterr().out
 
 
 def test_a_lost_row_is_seen_in_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
