@@ -34,12 +34,12 @@ class Gap(NamedTuple):
 
 
 def gaps(runs: list[Run]) -> list[Gap]:
-    """Every difference that has a standard error."""
+    """Every difference of three seeds: of two, one may have learnt what the other has not (docs/quality.md)."""
     found = []
     for (first, of_first), (second, of_second) in itertools.combinations(_NAMES.items(), 2):
         for width, steps in sorted({(run["width"], run["steps"]) for run in runs}):
             ours, theirs = (of(Condition(name, {}, width, steps), runs) for name in (first, second))
-            if len(apart := unrepeated.over(ours, theirs)) > 1:
+            if len(apart := unrepeated.over(ours, theirs)) >= len(grid.SEEDS):
                 found.append(Gap((of_first, of_second), width, ours[0]["tokens"], *mean(apart)))
     return sorted(found, key=lambda gap: (gap.width, gap.tokens, gap.structures))
 
@@ -66,8 +66,8 @@ def text(runs: list[Run]) -> str:
     nats, error = slope(runs, (short, long))
     lines = [
         "# Losses of structures at equal tokens, for bigmac plan --compare. Made from docs/results/unrepeated.json by",
-        "# python -m benchmarks.quality --jobs=0 (docs/quality.md): differences of equal seeds, most of three. An",
-        "# error is one standard error.",
+        "# python -m benchmarks.quality --jobs=0 (docs/quality.md): differences of three equal seeds. An error",
+        "# is one standard error.",
         'models = "64 experts, K = 8, no shared experts, dropless, equal parameters"',
         "",
         f"# Nats that e times the tokens take off fine_grained's loss, from {short:,} to {long:,} steps at h = 128.",
