@@ -2,6 +2,7 @@
 
 import logging
 import pathlib
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -320,7 +321,7 @@ def test_a_run_that_has_ended(
 ) -> None:
     """One that learned dialogues is used in a chat: `generate` takes its prompt as it is."""
     program = command("train")
-    monkeypatch.setattr(type(program._WORKDIR), "value", str(tmp_path))
+    monkeypatch.setattr(program, "_WORKDIR", SimpleNamespace(value=str(tmp_path)))
     line = program._finished(asked, 60)
     assert has in line and f"generate --workdir={tmp_path} --prompt=TEXT" in line
     (tmp_path / "chat_template.jinja").touch()
