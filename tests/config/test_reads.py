@@ -322,6 +322,7 @@ def test_a_run_that_has_ended(
     """One that learned dialogues is used in a chat: `generate` takes its prompt as it is."""
     program = command("train")
     monkeypatch.setattr(program, "_WORKDIR", SimpleNamespace(value=str(tmp_path)))
+    monkeypatch.setattr(cli, "CPU_DEVICES", SimpleNamespace(value=0))
     line = program._finished(asked, 60)
     assert has in line and f"generate --workdir={tmp_path} --prompt=TEXT" in line
     (tmp_path / "chat_template.jinja").touch()

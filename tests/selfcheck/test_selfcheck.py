@@ -14,7 +14,6 @@ import jax
 import numpy as np
 import pytest
 
-from bigmac_jax.commands import selfcheck as command
 from bigmac_jax.model import experts
 from bigmac_jax.model.exchange import STRATEGIES, Gather, Ragged
 from bigmac_jax.model.mesh import ranks
@@ -92,7 +91,7 @@ def test_bad_flags(flag: str) -> None:
 
 @pytest.mark.parametrize("at_terminal", [False, True])
 def test_a_check_is_named_before_it_runs(
-    at_terminal: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    at_terminal: bool, command: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """On a line of its own, or at a terminal, which `rich` shows, for as long as it runs."""
     shown: list[str] = []
@@ -104,13 +103,14 @@ def test_a_check_is_named_before_it_runs(
         shown.append(f"{name} ends")
 
     console = types.SimpleNamespace(is_terminal=at_terminal, status=status)
-    monkeypatch.setattr(command, "Console", lambda stderr: console)
+    program = command("selfcheck")
+    monkeypatch.setattr(program, "Console", lambda stderr: console)
 
     def test() -> str:
         shown.append(capsys.readouterr().err)
         return "fine"
 
-    result = command._run(checks.Check("the wire", "exchange", "", test))
+    result = program._run(checks.Check("the wire", "exchange", "", test))
     assert (result.ok, result.detail) == (True, "fine")
     assert shown == (["the wire begins", "", "the wire ends"] if at_terminal else ["the wire …\n"])
 
@@ -125,9 +125,11 @@ def test_a_check_is_named_before_it_runs(
         (12.0, None, "12 FLOP/s a device"),
     ],
 )
-def test_a_rate_is_told_beside_what_the_hardware_file_expects(value: float, expected: float | None, text: str) -> None:
+def test_a_rate_is_told_beside_what_the_hardware_file_expects(
+    value: float, expected: float | None, text: str, command: Any
+) -> None:
     found: dict[str, Any] = {}
-    check = command._as_check(Rate("matmul", "FLOP", lambda: value, expected), found)
+    check = command("selfcheck")._as_check(Rate("matmul", "FLOP", lambda: value, expected), found)
     assert (check.name, check.part, check.setting, found) == ("rate matmul", "rate", "", {})
     assert check.run() == text
     share = value / expected if expected else None
