@@ -9,7 +9,7 @@ from absl import flags
 
 from bigmac_jax.commands import cli
 from bigmac_jax.config import ConfigError
-from bigmac_jax.config.reading import drop_user_fields, load_with_base, retrained, unresolve
+from bigmac_jax.config.reading import as_base, load_with_base, retrained
 from bigmac_jax.config.reads import notes
 from bigmac_jax.data.pipeline import prepare
 from bigmac_jax.data.tokenizer import load_tokenizer
@@ -25,14 +25,16 @@ def main() -> None:
         raise ConfigError(f"{' '.join(cli.ARGUMENTS) or 'nothing'} is not what this does; use: prepare --config=…")
     given = dict(override.partition("=")[::2] for override in cli.OVERRIDES)
     place = given.get("train.init_from", "")
+    origin = None
     if place and not flags.FLAGS["config"].present:  # that model's config, as for a run
-        base = drop_user_fields(unresolve(inherit_config(open_pretrained(place), given)), place, cli.OVERRIDES)
+        origin = open_pretrained(place)
+        base = as_base(inherit_config(origin, given), place, cli.OVERRIDES)
         config = retrained(base, cli.OVERRIDES)
     else:
         config, base = load_with_base(_CONFIG.value, cli.OVERRIDES)
+        if config.train.init_from:
+            origin = open_pretrained(config.train.init_from)
     cli.warn(notes(config, cli.given_fields(), base=base))
-    load = load_tokenizer
-    if config.train.init_from:
-        load = functools.partial(choose_tokenizer, open_pretrained(config.train.init_from))
+    load = functools.partial(choose_tokenizer, origin) if origin else load_tokenizer
     for line in prepare(config, _SPLITS.value, _PROCESSES.value, load):
         print(line, flush=True)

@@ -9,7 +9,7 @@ from absl import flags
 
 from bigmac_jax.commands import cli
 from bigmac_jax.config import Config, ConfigError, check_batch
-from bigmac_jax.config.reading import drop_user_fields, load_with_base, retrained, saved_places, unresolve
+from bigmac_jax.config.reading import as_base, load_with_base, retrained, saved_places
 from bigmac_jax.config.reads import notes
 from bigmac_jax.data.chat_files import TEMPLATE_FILE
 from bigmac_jax.run.elastic import fit_replicas
@@ -79,7 +79,7 @@ def _config(workdir: pathlib.Path) -> tuple[Config, Config, str]:
     else:
         base = inherit_config(open_pretrained(str(place)), given)
     with hosts.raise_together():
-        base = drop_user_fields(unresolve(base), file, cli.OVERRIDES)
+        base = as_base(base, file, cli.OVERRIDES)
         config = retrained(base, cli.OVERRIDES)
         check_batch(config, max(1, config.mesh.data))
     return config, base, file

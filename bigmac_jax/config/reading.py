@@ -149,6 +149,12 @@ def unresolve(config: Config) -> Config:
     return free if free.projection_rate == config.projection_rate else config
 
 
+def as_base(config: Config, file: str, overrides: Sequence[str]) -> Config:
+    """A saved config as another run begins with it: `auto` where it says the same, and no field that is the user's.
+    Arguments as for `drop_user_fields`."""
+    return drop_user_fields(unresolve(config), file, overrides)
+
+
 def _as_overrides(fields: Mapping[str, Any]) -> list[str]:
     """FIELD=VALUE of each field of a dictionary, whose groups may be dictionaries."""
     return [f"{name}={value}" for name, value in field_values(dict(fields))]
@@ -165,7 +171,7 @@ def _read(path: str, overrides: Sequence[str]) -> Config:
         file = _find(name)
     with _one_line(what, str(file)):
         if file.suffix == ".json":
-            return drop_user_fields(unresolve(Config.from_json(file.read_text(), name)), name, overrides)
+            return as_base(Config.from_json(file.read_text(), name), name, overrides)
         spec = importlib.util.spec_from_file_location("bigmac_config_file", file)
         assert spec and spec.loader, file  # is_file() holds; a name without .py has no loader
         module = importlib.util.module_from_spec(spec)

@@ -30,7 +30,7 @@ def check_resume(saved: Config, new: Config) -> None:
     before, after = flat_values(saved.resolved), flat_values(new.resolved)
     for values, config in ((before, saved), (after, new)):
         values["model.context_length"] = config.context_length
-    # Of W↓ and W↑, which are bigmac's alone; but the optimizer's state has a part of optimizer.projection_rate in any structure.
+    # W↓ and W↑ are bigmac's alone; but the optimizer's state has a part of optimizer.projection_rate in any structure.
     bigmac = "bigmac" in (saved.model.structure, new.model.structure)
     unread: tuple[str, ...] = () if bigmac else ("model.projection_init",)
     # A whole batch is a step and its own part: only where there are parts before and now does the scope have to stay.

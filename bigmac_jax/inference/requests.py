@@ -3,7 +3,6 @@
 import codecs
 import contextlib
 import dataclasses
-import hashlib
 import json
 import sys
 from collections.abc import Iterator
@@ -93,7 +92,7 @@ def share_requests(source: str, requests: list[tuple[Row, Request]], sampling: S
     rows = [row for row, _ in requests]
     if source == "-":
         return [(row, _make_request(row, sampling)) for row in hosts.broadcast(rows)]
-    hosts.check_same({"the prompts": hashlib.sha256(repr(rows).encode()).hexdigest()[:12]})
+    hosts.check_same({"the prompts": hosts.digest(rows)})
     return requests
 
 

@@ -136,13 +136,19 @@ def _open_models(config: Config, workdir: pathlib.Path) -> tuple[bool, Models]:
         resumed = has_run(workdir)
         saved = read_config(workdir) if resumed else config
         check_resume(saved, config)
-        # A run that goes on from a checkpoint of all parameters does not look back at the model that it began with.
-        moved = pretrained.with_absolute_places(saved).train.init_from != config.train.init_from
-        saves = (workdir / "checkpoints" / str(step) for step in manifest.list_steps(workdir))
-        begins = all(map(manifest.is_stripped, saves))
-        needed = config.tuning.lora_rank or config.tuning.objective == "dpo" or moved or begins
-    origin = pretrained.open_init_from(workdir, config) if config.train.init_from and needed else None
+        needed = bool(config.train.init_from) and _looks_back(config, saved, workdir)
+    origin = pretrained.open_init_from(workdir, config) if needed else None
     return resumed, Models(origin, open_teacher(workdir, config) if config.tuning.teacher else None)
+
+
+def _looks_back(config: Config, saved: Config, workdir: pathlib.Path) -> bool:
+    """Whether a start needs the model that the run begins with: not where it goes on from a checkpoint of all
+    parameters, unless a step reads that model, or it is said to lie elsewhere."""
+    tuning, place = config.tuning, pretrained.with_absolute_places(saved).train.init_from
+    if tuning.lora_rank or tuning.objective == "dpo" or place != config.train.init_from:
+        return True
+    saves = (workdir / "checkpoints" / str(step) for step in reversed(manifest.list_steps(workdir)))
+    return all(map(manifest.is_stripped, saves))
 
 
 def _open_inputs(config: Config, workdir: pathlib.Path, resumed: bool, models: Models) -> Inputs:

@@ -186,6 +186,11 @@ def gather(message: str) -> list[str]:
     return [bytes(row).rstrip(b"\0").decode(errors="ignore") for row in multihost_utils.process_allgather(text)]
 
 
+def digest(value: object) -> str:
+    """A few characters for `check_same` in place of a large value."""
+    return hashlib.sha256(repr(value).encode()).hexdigest()[:12]
+
+
 def check_same(fields: Mapping[str, Any]) -> None:
     """Checks that all processes have the same fields and values; waits for the last one.
 

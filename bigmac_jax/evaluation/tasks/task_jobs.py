@@ -129,7 +129,7 @@ def score_jobs(
       ConfigError: in all processes, where one has read other rows.
     """
     if hosts.is_distributed():
-        hosts.check_same({f"the rows of {job.task.name}": _digest(job) for job in jobs})
+        hosts.check_same({f"the rows of {job.task.name}": hosts.digest((job.requests, job.prompts)) for job in jobs})
     computed = f"{_VERSION} {identity} {platform()} {model.config.execution}"
     model_key = hashlib.sha256(computed.encode()).hexdigest()[:16]
     summaries = {}
@@ -148,11 +148,6 @@ def score_jobs(
         if hosts.is_first():
             _write(job, rows, summaries[task.name], folder)
     return summaries
-
-
-def _digest(job: Job) -> str:
-    """A digest of what the model is given for a task."""
-    return hashlib.sha256(repr((job.requests, job.prompts)).encode()).hexdigest()[:12]
 
 
 def _write(job: Job, rows: Sequence[dict[str, Any]], summary: Summary, folder: pathlib.Path) -> None:
