@@ -57,6 +57,24 @@ parallel = true
 context = ${{MUTANTS_TEST-}}
 disable_warnings = no-data-collected, module-not-imported, module-not-measured
 """
+# What a test starts, and what forks in it: the tests' commands are forks of a process that an earlier test has started.
+_SITE = """import os
+import pathlib
+
+import coverage
+
+coverage.process_startup()
+running = pathlib.Path(os.environ["MUTANTS_RUNNING"], f"test-{os.getppid()}")
+
+
+def _fork():
+    if running.exists():
+        os.environ["MUTANTS_TEST"] = running.read_text()
+        coverage.Coverage.current().switch_context(running.read_text())
+
+
+os.register_at_fork(after_in_child=_fork)
+"""
 _SLOW = "ended or too slow"  # which a busy machine may be the reason of: such a test is run once more
 _checked: dict[str, bool] = {}  # tests: whether they pass alone where nothing is changed
 _lock = threading.Lock()
@@ -222,10 +240,10 @@ def _measure(plain: pathlib.Path, target: str, measured: dict[str, Any]) -> None
         site, reports, data = (pathlib.Path(folder, name) for name in ("site", "reports.jsonl", "data"))
         site.mkdir()
         data.mkdir()
-        (site / "sitecustomize.py").write_text("import coverage\n\ncoverage.process_startup()\n")
+        (site / "sitecustomize.py").write_text(_SITE)
         (site / "rc").write_text(_RC.format(tree=plain, folder=folder))
         variables = {"MUTANTS_REPORTS": str(reports), "COVERAGE_PROCESS_START": str(site / "rc"),
-                     "PYTHONPATH": f"{plain}:{site}"}  # fmt: skip
+                     "MUTANTS_RUNNING": folder, "PYTHONPATH": f"{plain}:{site}"}  # fmt: skip
         parallel = ["-n", str(_JOBS.value), "--dist=loadfile"] if _JOBS.value > 1 else ["-n0"]
         if (code := _pytest(plain, variables, [*parallel, target], 3600)) not in (0, 1, 5):  # 5: all are left out
             raise SystemExit(f"pytest ended with {code} in {target}")

@@ -1,6 +1,7 @@
 """Of pytest: which tests run which lines, and a mutant's tests in their order. `benchmarks.mutants` asks by variables.
 
 MUTANTS_REPORTS: a file that gets a JSON line for each test when it begins, and one for each of its outcomes.
+MUTANTS_RUNNING: a folder that has the test which runs, in a file test-PID.
 MUTANTS_TESTS: a JSON file of [node id, most seconds]: these tests run, in this order. A test that takes longer ends the
 process. Without it all run, and coverage (`sitecustomize` has started it) is told whose lines are run, here and in what
 a test starts.
@@ -55,6 +56,7 @@ def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
             jax.clear_caches()
         measured.switch_context(item.nodeid)
         os.environ["MUTANTS_TEST"] = item.nodeid
+        pathlib.Path(os.environ["MUTANTS_RUNNING"], f"test-{os.getpid()}").write_text(item.nodeid)
         try:
             return (yield)
         finally:

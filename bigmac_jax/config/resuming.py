@@ -23,6 +23,11 @@ RATES_MAY_CHANGE = ("optimizer.learning_rate", "optimizer.final_learning_rate", 
 # May change, but not be left out nor added. Models may be moved; that they are the same is checked where they are
 # opened (`tuning.pretrained`). Of clipping the optimizer's state has a part.
 _IF_SET = ("train.init_from", "tuning.teacher", "optimizer.clip_norm")
+# What decides which choices stand in one line for an expert's room.
+_LINES = (
+    *(f"mesh.{axis}" for axis in ("replica", "data", "node", "expert", "tensor")),
+    *("execution.exchange", "execution.overlap_chunks", "train.accumulate_steps"),
+)
 
 
 def check_resume(saved: Config, new: Config) -> None:
@@ -51,31 +56,35 @@ def resume_notes(saved: Config, new: Config, mesh_before: dict[str, int], mesh_a
       mesh_before, mesh_after: ranks by axis.
     """
     before, after = flat_values(saved), flat_values(new)
-    before |= {f"mesh.{axis}": mesh_before.get(axis, 1) for axis in mesh_after}
-    after |= {f"mesh.{axis}": size for axis, size in mesh_after.items()}
-    splits = ("train.accumulate_steps", *(f"mesh.{axis}" for axis in mesh_after), "execution.exchange",
-              "execution.overlap_chunks")  # fmt: skip
-    changed = _changed(before, after, splits)
     notes = [
         f"{name} {before[name] or 'none'} → {after[name] or 'none'}: windows come in another order from here on, and "
         f"each source goes on where it was"
         for name in ("data.mixture", "data.curriculum")
         if before[name] != after[name]
     ]
-    if new.model.is_moe and changed and not (saved.dropless and new.dropless):
-        notes.append(
-            f"{changed}: which choices find their expert full (model.capacity_factor={new.model.capacity_factor:g}) "
-            f"depends on it; from here on the run drops others"
-        )
+    # What opened the meshes may have said auto.
     saved, new = (
-        replace(config, mesh=replace(config.mesh, replica=mesh.get("replica", 1)))
+        replace(config, mesh=replace(config.mesh, **{axis: mesh.get(axis, 1) for axis in mesh_after}))
         for config, mesh in ((saved, mesh_before), (new, mesh_after))
     )
-    return notes + [f"{note} from here on" for note in part_notes(saved, new, dropout=True)]
+    changes = drop_notes(saved, new) + part_notes(saved, new, dropout=True)
+    return notes + [f"{note} from here on" for note in changes]
 
 
 def _changed(before: Mapping[str, Any], after: Mapping[str, Any], names: Iterable[str]) -> str:
     return ", ".join(f"{name} {before[name]} → {after[name]}" for name in names if before[name] != after[name])
+
+
+def drop_notes(before: Config, after: Config) -> list[str]:
+    """Writes a line if the same model drops no choices any more, does so now, or drops others."""
+    factor = f"model.capacity_factor={after.model.capacity_factor:g}"
+    if after.dropless:
+        why = unread_for(after, "model.capacity_factor")
+        return [] if before.dropless else [f"{why}: {factor} is not read, and nothing is dropped"]
+    if before.dropless:
+        return [f"{factor} is read: choices that find their expert full are dropped"]
+    changed = _changed(flat_values(before), flat_values(after), _LINES)
+    return [f"{changed}: which choices find their expert full ({factor}) depends on it"] if changed else []
 
 
 def part_notes(before: Config, after: Config, dropout: bool = False) -> list[str]:

@@ -49,7 +49,11 @@ class Config(Section):
     @property
     def dropless(self) -> bool:
         """True if no expert drops rows in training."""
-        return math.isinf(self.model.capacity_factor) or self.execution.exchange in ("gather", "ragged")
+        if math.isinf(self.model.capacity_factor) or not self.model.is_moe:
+            return True
+        # `dedup` and `hierarchical` have room for what they send to other ranks, and only for that.
+        without_room = ("gather", "ragged", *(() if self.mesh.expert_ranks > 1 else ("dedup", "hierarchical")))
+        return self.execution.exchange in without_room
 
     @property
     def has_segments(self) -> bool:

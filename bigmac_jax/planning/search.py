@@ -9,12 +9,11 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from bigmac_jax.config import Config, ConfigError, MeshConfig, check_batch, with_overrides
-from bigmac_jax.config.resuming import part_notes
+from bigmac_jax.config.resuming import drop_notes, part_notes
 from bigmac_jax.config.section import flat_values
 from bigmac_jax.model import counts
 from bigmac_jax.planning.candidates import Axes, Machine, Variant, variants
 from bigmac_jax.planning.cost import Times, step_time
-from bigmac_jax.planning.drops import drop_notes
 
 NEAREST = 12  # candidates that don't fit and are timed all the same
 MORE_DEVICES = (2, 4, 8, 16, 32, 64)

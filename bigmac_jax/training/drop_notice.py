@@ -19,7 +19,7 @@ class DropNotice:
     def __init__(self, config: Config):
         self._factor = config.model.capacity_factor
         self._rates: deque[float] | None = None
-        if config.model.is_moe and not config.dropless:
+        if not config.dropless:
             self._rates = deque(maxlen=_STEPS // _EVERY)
         self._steps, self._next = 0, _STEPS
 

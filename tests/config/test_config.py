@@ -17,6 +17,7 @@ from bigmac_jax.config import (
     ConfigError,
     DataConfig,
     ExecutionConfig,
+    MeshConfig,
     ModelConfig,
     OptimizerConfig,
     TrainConfig,
@@ -30,7 +31,8 @@ from bigmac_jax.config import (
     with_overrides,
 )
 from bigmac_jax.config.reading import retrained
-from bigmac_jax.config.resuming import RATES_MAY_CHANGE
+from bigmac_jax.config.reads import unread_for
+from bigmac_jax.config.resuming import RATES_MAY_CHANGE, drop_notes
 from bigmac_jax.config.section import all_field_types, flat_values
 from bigmac_jax.training.workdir import read_config
 
@@ -452,7 +454,8 @@ FULL = {"capacity_factor": 1.25}
     [
         ({}, {"remat": "layer", "attention": "xla", "dtype": "bfloat16"}, []),
         (FULL, {"overlap_chunks": 2}, ["execution.overlap_chunks 1 → 2: which choices find their expert full"]),
-        (FULL, {"exchange": "gather"}, ["execution.exchange all_to_all → gather: which choices"]),
+        (FULL, {"exchange": "gather"}, ["execution.exchange=gather: model.capacity_factor=1.25 is not read"]),
+        (FULL, {"exchange": "dedup", "expert": 1}, ["one rank of experts: model.capacity_factor=1.25 is not read"]),
         ({}, {"exchange": "dedup", "overlap_chunks": 2, "buffer_factor": 2.0}, []),
         (FULL | {"structure": "dense"}, {"overlap_chunks": 2}, []),
         ({"balance_scope": "step"}, {"accumulate_steps": 2}, []),
@@ -487,6 +490,28 @@ def test_resume_notes(model: dict[str, Any], changes: dict[str, Any], said: list
     notes = resume_notes(before, after, mesh, {"replica": replicas[1], "data": 1, "expert": ranks})
     assert len(notes) == len(said) and all(part in note for part, note in zip(said, notes, strict=True)), notes
     assert not any("\n" in note for note in notes)
+
+
+def test_what_another_split_drops_is_said() -> None:
+    """Where a capacity is read no more, is read again, or is that of other ranks; and where neither has one."""
+    sent, alone, gathered, halves = (
+        load_config("tiny", ["model.capacity_factor=1.25", *fields])
+        for fields in (
+            ["mesh.expert=4"],
+            ["execution.exchange=dedup"],
+            ["mesh.expert=4", "execution.exchange=gather"],
+            ["mesh.expert=4", "train.accumulate_steps=2"],
+        )
+    )
+    unread = "model.capacity_factor=1.25 is not read, and nothing is dropped"
+    assert drop_notes(sent, alone) == [f"one rank of experts: {unread}"]
+    assert drop_notes(sent, gathered) == [f"execution.exchange=gather: {unread}"]
+    (read,) = drop_notes(alone, sent)
+    assert read == "model.capacity_factor=1.25 is read: choices that find their expert full are dropped"
+    (other,) = drop_notes(sent, halves)
+    assert other.startswith("train.accumulate_steps 1 → 2: which choices find their expert full")
+    assert drop_notes(sent, sent) == drop_notes(alone, gathered) == []
+    assert drop_notes(load_config("tiny"), load_config("tiny", ["mesh.expert=4"])) == []
 
 
 @pytest.mark.parametrize("name", [f.name for f in dataclasses.fields(ExecutionConfig)])
@@ -654,19 +679,25 @@ def test_resolved_sizes() -> None:
 
 
 @pytest.mark.parametrize(
-    ("fields", "end"),
+    ("fields", "exchange", "ranks", "end"),
     [
-        (FULL, "capacity factor 1.25"),
-        (FULL | {"overflow": "next"}, "capacity factor 1.25, overflow to the next expert"),
-        ({}, "dropless"),
-        (FULL | {"exchange": "gather"}, "dropless"),  # whatever the factor says
-        (FULL | {"exchange": "ragged"}, "dropless"),
+        (FULL, "all_to_all", 1, "capacity factor 1.25"),
+        (FULL | {"overflow": "next"}, "all_to_all", 1, "capacity factor 1.25, overflow to the next expert"),
+        ({}, "all_to_all", 1, "dropless"),
+        (FULL, "gather", 1, "dropless"),  # whatever the factor says
+        (FULL, "ragged", 1, "dropless"),
+        (FULL, "dedup", 1, "dropless"),
+        (FULL, "hierarchical", 1, "dropless"),
+        (FULL, "ragged", 2, "dropless"),
+        (FULL, "dedup", 2, "capacity factor 1.25"),
+        (FULL, "hierarchical", 2, "capacity factor 1.25"),
     ],
 )
-def test_describe_says_whether_rows_are_dropped(fields: dict, end: str) -> None:
-    execution = ExecutionConfig(exchange=fields.get("exchange", "all_to_all"))
-    model = ModelConfig(**{name: value for name, value in fields.items() if name != "exchange"})
-    described = Config(model=model, execution=execution).describe()
+def test_describe_says_whether_rows_are_dropped(fields: dict, exchange: str, ranks: int, end: str) -> None:
+    execution, mesh = ExecutionConfig(exchange=exchange), MeshConfig(expert=ranks)
+    config = Config(model=ModelConfig(**fields), execution=execution, mesh=mesh)
+    assert bool(fields and unread_for(config, "model.capacity_factor")) == (bool(fields) and end == "dropless")
+    described = config.describe()
     how = "latent norm skip, projection init selection, projection rate 0.125"
     assert described.endswith(f"rows of 64 numbers instead of 256 in the exchange, {how}, {end}")
 
