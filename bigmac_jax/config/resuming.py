@@ -64,7 +64,7 @@ def resume_notes(saved: Config, new: Config, mesh_before: dict[str, int], mesh_a
     ]
     # What opened the meshes may have said auto.
     saved, new = (
-        replace(config, mesh=replace(config.mesh, **{axis: mesh.get(axis, 1) for axis in mesh_after}))
+        replace(config, mesh=replace(config.mesh, **dict[str, Any]((axis, mesh.get(axis, 1)) for axis in mesh_after)))
         for config, mesh in ((saved, mesh_before), (new, mesh_after))
     )
     changes = drop_notes(saved, new) + part_notes(saved, new, dropout=True)
