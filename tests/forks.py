@@ -84,7 +84,8 @@ def start(
 @functools.cache
 def _parent(environment: tuple[tuple[str, str], ...]) -> subprocess.Popen[str]:
     """What forks the children of an environment; it ends with this process, whose end of the pipe is then closed."""
-    variables = ENVIRONMENT | {"PYTHONPATH": str(ROOT)} | dict(environment)
+    path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+    variables = ENVIRONMENT | {"PYTHONPATH": path} | dict(environment)
     pipe = subprocess.PIPE
     return subprocess.Popen([sys.executable, __file__], cwd=ROOT, env=variables, stdin=pipe, stdout=pipe, text=True)
 
