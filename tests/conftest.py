@@ -33,6 +33,22 @@ gc.freeze()
 gc.set_threshold(50_000, 20, 50)
 
 
+MOST_BYTES = 1_000_000_000  # of compiled programs
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Programs that another test, worker or run has compiled are read: about a tenth of a first run, a third of later
+    ones. The key has the whole program, its options, and the versions of what compiles it."""
+    if hasattr(config, "cache"):  # not with -p no:cacheprovider
+        folder = config.cache.mkdir("programs")
+        if not hasattr(config, "workerinput") and sum(file.stat().st_size for file in folder.iterdir()) > MOST_BYTES:
+            for file in folder.iterdir():  # a limit of JAX's own would be looked after at every write
+                file.unlink()
+        jax.config.update("jax_compilation_cache_dir", str(folder))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+        jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--part", default="", metavar="N/16", help="of sixteen parts of the tests, those of part N")
 

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Annotated, Literal, get_args
 
 from bigmac_jax.config.blocks import BRANCHES, LONGEST, Loop, Stack, find_loops, make_stacks, split_layers
@@ -112,7 +113,7 @@ class ModelConfig(Section):
     def is_moe(self) -> bool:
         return self.structure != "dense"
 
-    @property
+    @cached_property
     def loops(self) -> tuple[Loop, ...]:
         """The loops that the layers are computed in."""
         if not self.blocks:
@@ -121,7 +122,7 @@ class ModelConfig(Section):
         blocks = self.blocks if self.is_moe else self.blocks.replace("E", "-")
         return (Loop(split_layers(blocks), self.num_layers),) if self.num_layers > 1 else find_loops(blocks)
 
-    @property
+    @cached_property
     def stacks_of_loops(self) -> tuple[tuple[Stack, ...], ...]:
         """The stacks of layers that each loop goes through."""
         return make_stacks(self.loops)
@@ -131,7 +132,7 @@ class ModelConfig(Section):
         """All stacks of layers."""
         return tuple(stack for of_loop in self.stacks_of_loops for stack in of_loop)
 
-    @property
+    @cached_property
     def depth(self) -> int:
         """Number of layers: of branches that take each token by itself, with those before them."""
         return sum(loop.trips * len(loop.layers) for loop in self.loops)
@@ -140,7 +141,7 @@ class ModelConfig(Section):
         """Number of residual branches of these kinds (`blocks`)."""
         return sum(loop.trips * sum(map("".join(loop.layers).count, letters)) for loop in self.loops)
 
-    @property
+    @cached_property
     def mtp_stack(self) -> Stack:
         """The next-token modules, as a stack of layers behind the model's; of no layers without them."""
         blocks, modules, before = self.mtp_blocks or self.loops[-1].layers[-1], self.mtp_modules, self.moe_layers

@@ -62,7 +62,7 @@ def load_with_base(
 
 def with_overrides(config: Config, overrides: Sequence[str]) -> Config:
     """Changes some fields of a config; overrides as for `load_config`."""
-    values, kinds = dataclasses.asdict(config), all_field_types(Config)
+    values, kinds = config.as_dict(), all_field_types(Config)
     for override in overrides:
         name, equals, text = override.partition("=")
         check_name(name, equals + text)
@@ -118,7 +118,7 @@ def drop_user_fields(config: Config, file: str, overrides: Sequence[str]) -> Con
     Args:
       file: names the config in the warnings.
     """
-    values, defaults, given = dataclasses.asdict(config), flat_values(Config()), _names(overrides)
+    values, defaults, given = config.as_dict(), flat_values(Config()), _names(overrides)
     for name in _OF_USER:
         section, _, field = name.partition(".")
         value, values[section][field] = values[section][field], defaults[name]

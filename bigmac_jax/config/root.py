@@ -133,7 +133,7 @@ class Config(Section):
 
     def to_json(self) -> str:
         """The text of config.json, without cache_dir."""
-        values = dataclasses.asdict(self.resolved)
+        values = self.resolved.as_dict()
         del values["cache_dir"]
         return json.dumps(_spell_inf(values), indent=2, allow_nan=False) + "\n"
 

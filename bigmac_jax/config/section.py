@@ -4,7 +4,6 @@ A type says all that one field may be: `Literal` lists words, `Annotated[int, Ra
 `number | Literal["auto"]` is either. What commands parse, what errors say and `bigmac fields` all follow from it.
 """
 
-import dataclasses
 import math
 import types
 from collections.abc import Iterator
@@ -33,6 +32,8 @@ class Range:
     may_be_inf: bool = False
 
     def check(self, name: str, value: float) -> None:
+        if self.least <= value < self.below and self.above < value:
+            return  # nearly always, and texts of errors take longer than the rest of a config
         require(
             not (math.isnan(value) or (math.isinf(value) and not self.may_be_inf)),
             f"{name}={value} must be a finite number",
@@ -154,6 +155,11 @@ class Section:
     def check(self) -> None:
         """Raises ConfigError where fields of this section contradict each other."""
 
+    def as_dict(self) -> dict[str, Any]:
+        """The values of the fields, a dictionary for each section; `dataclasses.asdict` would copy every value."""
+        values = {name: getattr(self, name) for name in self.field_types}
+        return {name: value.as_dict() if isinstance(value, Section) else value for name, value in values.items()}
+
 
 def _read(hint: Any) -> FieldType:
     found = FieldType(str)
@@ -185,6 +191,6 @@ def field_values(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str
             yield f"{prefix}{name}", value
 
 
-def flat_values(config: Any) -> dict[str, Any]:
+def flat_values(config: Section) -> dict[str, Any]:
     """Every field's value by its full name."""
-    return dict(field_values(dataclasses.asdict(config)))
+    return dict(field_values(config.as_dict()))

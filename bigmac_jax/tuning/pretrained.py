@@ -319,7 +319,7 @@ def read_model(origin: Pretrained, source: Config) -> Transformer:
     """Reads a pretrained model onto the current mesh. `source` is its config, with that mesh."""
     if origin.step:
         return restore_step(origin.folder, origin.step, source)[1]
-    values = dataclasses.asdict(source)
+    values = source.as_dict()
     sections = [(section, name) for section in ("mesh", "execution") for name in values[section]]
     overrides = [f"{section}.{name}={values[section][name]}" for section, name in sections]
     with contextlib.ExitStack() as stack:

@@ -30,7 +30,6 @@ QUICK_CASES = [
     ("dense", "2x2", "present"),
     ("fine_grained", "1x1", "gated"),
     ("fine_grained", "tensor", "paper"),
-    ("bigmac", "1x8", "present"),
     ("bigmac", "1x1", "hybrid"),
     ("bigmac", "heads", "present"),  # two key-value heads on four ranks of tensor
 ]

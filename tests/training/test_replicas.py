@@ -174,7 +174,7 @@ def check(case: Case) -> None:
     "case",
     [
         pytest.param(case, marks=pytest.mark.full)
-        if case.structure in ("vanilla", "hyper", "frozen", "gated")
+        if case.structure in ("dense", "vanilla", "hyper", "frozen", "gated")
         else case
         for case in COVERING
     ],

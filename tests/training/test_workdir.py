@@ -73,6 +73,7 @@ def test_a_run_and_its_checkpoints_name_their_data_code_and_packages(finished: A
         assert json.loads(item.read_text()) == found | {"step": step}
 
 
+@pytest.mark.full
 def test_other_code_or_packages_are_a_line(copied: Any, monkeypatch: pytest.MonkeyPatch, caplog: Any) -> None:
     config, workdir = copied
     restore(workdir)

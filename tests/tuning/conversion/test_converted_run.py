@@ -256,6 +256,7 @@ def test_upcycle_by_the_command(convert: Any) -> None:
     assert json.loads((folder / "run.json").read_text())["history"] == ["before", "`bigmac convert upcycle`"]
 
 
+@pytest.mark.full
 def test_latent_by_the_command(convert: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """W↓ and W↑ are fitted to the training split, and the losses are those of the other one."""
     given, narrow = [], conversion.narrow
