@@ -33,6 +33,7 @@ gc.freeze()
 gc.set_threshold(50_000, 20, 50)
 
 
+LONG = ("test_cli.py", "test_hosts.py", "test_resume.py")  # files that wait for processes, minutes each
 MOST_BYTES = 1_000_000_000  # of compiled programs
 
 
@@ -68,6 +69,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         others = [item for item in items if part.part_of(item.nodeid) != number]
         config.hook.pytest_deselected(items=others)
         items[:] = [item for item in items if part.part_of(item.nodeid) == number]
+    # With --no-loadscope-reorder workers take files in this order.
+    items.sort(key=lambda item: item.path.name not in LONG)
 
 
 @pytest.fixture

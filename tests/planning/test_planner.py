@@ -191,6 +191,7 @@ def test_a_sweep_is_the_product_of_its_values() -> None:
     assert [row["fields"]["top_k"] for row in again["sweep"]] == ["1", "8"]
 
 
+@pytest.mark.full
 def test_a_search_puts_what_fits_first() -> None:
     made = plan(devices=32, hardware="h100", search=True)
     found = made["search"]

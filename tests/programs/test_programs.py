@@ -41,7 +41,7 @@ def test_a_rank_draws_its_own_shards_alone() -> None:
     assert outputs - state <= state + largest
 
 
-@pytest.mark.parametrize("mesh", [(1, 1, 1), (2, 1, 2, 2, True, True)])
+@pytest.mark.parametrize("mesh", [pytest.param((1, 1, 1), marks=pytest.mark.full), (2, 1, 2, 2, True, True)])
 def test_every_program_lowers(mesh: tuple[int, ...]) -> None:
     config = tiny(mesh, num_kv_heads=2, num_shared_experts=1)
     with on_mesh(config):

@@ -138,7 +138,9 @@ def test_a_table_that_tensor_splits(monkeypatch: pytest.MonkeyPatch, mesh: tuple
     assert_close(fused(mesh, x_BLD, w_VD, targets_BL, split=True), reference(x_BLD, w_VD, targets_BL), 2e-6)
 
 
-@pytest.mark.parametrize("mesh", [(1, 1, 1), (2, 1, 2), (1, 1, 2, 4, True)])
+@pytest.mark.parametrize(
+    "mesh", [*(pytest.param(mesh, marks=pytest.mark.full) for mesh in ((1, 1, 1), (2, 1, 2))), (1, 1, 2, 4, True)]
+)
 def test_token_scores(monkeypatch: pytest.MonkeyPatch, mesh: tuple[int, ...]) -> None:
     """-log p of each token, and whether it is the likeliest, as whole logits have them; in chunks, and where `tensor`
     splits the table."""
