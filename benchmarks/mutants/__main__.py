@@ -42,6 +42,7 @@ _BUDGET = flags.DEFINE_float(
 )
 _RESULTS = flags.DEFINE_string("results", "", "By default runs/mutants/SEED.jsonl.")
 _MAP = flags.DEFINE_string("map", "runs/mutants/map.json", "Which tests run which lines.")
+_PROGRAMS = flags.DEFINE_string("programs", "runs/mutants/programs", "Compiled programs; it can be deleted.")
 _TESTS = flags.DEFINE_list("tests", [], "Folders or files of tests, instead of all.")
 _FILES = flags.DEFINE_list("files", ["*"], "Patterns of files that are changed, as bigmac_jax/data/*.")
 _AGAIN = flags.DEFINE_bool("again", False, "Those that survived are tried again.")
@@ -289,7 +290,13 @@ def _pytest(root: pathlib.Path, variables: dict[str, str], argv: list[str], limi
         "-p",
         "benchmarks.mutants.plugin",
     ]
-    environment = os.environ | {"PYTHONPATH": str(root), "PYTHONDONTWRITEBYTECODE": "1"} | variables
+    programs = {  # most of a mutant's are those of the plain package
+        "JAX_COMPILATION_CACHE_DIR": str(ROOT / _PROGRAMS.value),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+    }
+    own = {"PYTHONPATH": str(root), "PYTHONDONTWRITEBYTECODE": "1"}
+    environment = os.environ | programs | own | variables
     process = subprocess.Popen([*command, *argv], cwd=root, env=environment, stdout=subprocess.DEVNULL,
                                stderr=subprocess.DEVNULL, start_new_session=True)  # fmt: skip
     try:
