@@ -21,7 +21,7 @@ from bigmac_jax.training.step import make_trainer
 from .runs import Process, checkpoint_steps, is_saving, last_step
 from .tools import of_training, read_records, write_config
 
-STEPS = 60
+STEPS = 44
 # When it is killed; benchmarks.soak has more of them.
 MOMENTS = [("saving",), pytest.param(("metrics", "saving"), marks=pytest.mark.full)]
 
@@ -43,7 +43,7 @@ class Story(NamedTuple):
 def story(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Story:
     folder, draw = tmp_path_factory.mktemp("resume"), random.Random(7)
     base, config_file = load_config(write_config(folder)), folder / "config.json"
-    overrides = [f"train.steps={STEPS}", "train.log_every=2", "train.checkpoint_every=4", "train.eval_every=28",
+    overrides = [f"train.steps={STEPS}", "train.log_every=2", "train.checkpoint_every=4", "train.eval_every=20",
                  "model.num_layers=2",
                  "model.dropout=0.1", "model.balance=quantile",
                  f"model.balance_step={'next' if len(request.param) == 1 else 'same'}", "model.first_dense_layers=1",
@@ -54,7 +54,7 @@ def story(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     config = load_config(config_file, [*overrides, "mesh.data=1", "mesh.expert=2"])
 
     undisturbed, workdir = folder / "undisturbed", folder / "interrupted"
-    process = Process(config_file, undisturbed, *arguments)
+    process = Process(config_file, undisturbed, *arguments, "--config.train.checkpoint_every=22")
     assert process.wait() == 0, process.output
 
     killed_at: list[int] = []
@@ -90,7 +90,7 @@ def test_it_was_interrupted(story: Story) -> None:
 
 def test_sigterm_saves_and_ends_well(story: Story) -> None:
     assert story.stop_code == 0, story.stop_output
-    message = re.search(r"stopped and saved at step (\d+) of 60; the same command resumes", story.stop_output)
+    message = re.search(r"stopped and saved at step (\d+) of 44; the same command resumes", story.stop_output)
     assert message and int(message[1]) == story.stopped_at
     assert "Traceback" not in story.stop_output
 
@@ -123,7 +123,7 @@ def test_metrics_are_those_of_one_run(story: Story) -> None:
     assert [line for line in lines(story.interrupted) if line["step"] != story.stopped_at + 1] == expected
     all_ = lines(story.undisturbed)
     assert [line["step"] for line in all_ if "loss" in line][:2] == [2, 4]
-    assert [line["step"] for line in all_ if "eval/loss" in line] == [28, 56, 60]
+    assert [line["step"] for line in all_ if "eval/loss" in line] == [20, 40, 44]
 
 
 def test_the_time_of_all_starts_is_accounted_for(story: Story) -> None:
