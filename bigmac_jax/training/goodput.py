@@ -52,7 +52,7 @@ class Goodput:
         parts, rest = self._base.copy(), "restart" if self._later else "start"
         for phase, seconds in clock.seconds().items():
             part = phase.replace(" ", "_")
-            parts[part if part in PARTS else rest] += seconds
+            parts[part if part in PARTS and part != "start" else rest] += seconds
         self._kept.append((step, parts["steps"]))
         wall = time.time() - self._since
         record = {f"goodput/{part}_s": round(parts[part], 3) for part in PARTS}

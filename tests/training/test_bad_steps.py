@@ -3,6 +3,7 @@ never seen them."""
 
 import dataclasses
 import json
+import math
 import pathlib
 import shutil
 from collections.abc import Callable, Iterator, Sequence
@@ -23,9 +24,9 @@ from bigmac_jax.data.pipeline import TrainIterator, open_stream
 from bigmac_jax.data.tokenizer import load_tokenizer
 from bigmac_jax.model.mesh import make_mesh
 from bigmac_jax.run import loop, start
-from bigmac_jax.training.bad_steps import NonFiniteLossError
+from bigmac_jax.training.bad_steps import NonFiniteLossError, restore_losses, save_position
 from bigmac_jax.training.checkpoint import Checkpoints
-from bigmac_jax.training.step import make_trainer
+from bigmac_jax.training.step import TrainState, make_trainer
 
 from .tools import host, leaves_of, read_records, small
 
@@ -291,3 +292,18 @@ def test_spikes(tmp_path: pathlib.Path, feed: Any) -> None:
 def test_fields(tmp_path: pathlib.Path, override: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         small(tmp_path, override)
+
+
+def test_a_checkpoint_keeps_how_many_were_bad_and_the_recent_losses() -> None:
+    """Of 32 those that there were yet, at the end."""
+    given = {"batches": 7}
+    state = TrainState(jnp.asarray(3), {}, {}, {}, losses=jnp.asarray([jnp.inf, 1.5, jnp.nan, 2.5]))  # type: ignore[arg-type]
+    assert save_position(given, 0, dataclasses.replace(state, losses=None)) == given == {"batches": 7}
+    saved = save_position(given, 2, state)
+    assert saved == {"batches": 7, "bad_steps": 2, "losses": [1.5, 2.5]} and given == {"batches": 7}
+    there = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    abstract = dataclasses.replace(state, losses=jax.ShapeDtypeStruct((5,), jnp.float32, sharding=there))
+    assert np.asarray(restore_losses(state, abstract, saved).losses).tolist() == [math.inf] * 3 + [1.5, 2.5]
+    for none in ({}, {"losses": []}):
+        assert np.asarray(restore_losses(state, abstract, none).losses).tolist() == [math.inf] * 5
+    assert restore_losses(state, dataclasses.replace(state, losses=None), saved) is state

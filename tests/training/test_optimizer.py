@@ -16,7 +16,7 @@ from model.tools import PAPER, abstract_model, leaves, on_mesh, random_like, ran
 
 from bigmac_jax.config import Config, OptimizerConfig, TrainConfig
 from bigmac_jax.model.parameters import Declaration
-from bigmac_jax.training.optimizer import learning_rate, make_optimizer, plan_moves, update_average
+from bigmac_jax.training.optimizer import learning_rate, make_optimizer, optimizer_notes, plan_moves, update_average
 from bigmac_jax.training.step import split_model
 
 from .tools import session
@@ -249,3 +249,30 @@ def test_the_average_is_what_is_evaluated() -> None:
         model = {name: value for name, value in leaves(run.trainer.model(run.state)).items() if name in seen[0]}
     chex.assert_trees_all_close(model, {name: (seen[0][name] + 2 * seen[1][name]) / 3 for name in model}, rtol=1e-5)
     assert model
+
+
+@pytest.mark.parametrize(
+    ("step", "optimizer", "steps", "expected"),
+    [
+        (11, {}, 20, None),
+        (11, {"learning_rate": 4.0}, 20, "optimizer.learning_rate 8.0 → 4.0: step 12 has the learning rate 3, not 5"),
+        (11, {"weight_decay": 0.5}, 20, "optimizer.weight_decay 0.1 → 0.5: step 12 has the learning rate 5 as before"),
+        (11, {"clip_norm": 0.5}, 20, "optimizer.clip_norm 1.0 → 0.5: step 12 has the learning rate 5 as before"),
+        (11, {}, 38, "train.steps 20 → 38: step 12 has the learning rate 6.5, not 5"),
+        (2, {}, 38, None),  # the rate is that of the end of the warm-up
+        (11, {"decay_steps": 18}, 38, "optimizer.decay_steps 0 → 18: step 12 has the learning rate 5 as before"),
+        (11, {"decay_steps": 12}, 38, "optimizer.decay_steps 0 → 12, train.steps 20 → 38: step 12 has the learning "
+         "rate 3.5, not 5"),
+    ],
+)  # fmt: skip
+def test_a_resume_with_other_rates_is_a_line(
+    step: int, optimizer: dict[str, Any], steps: int, expected: str | None
+) -> None:
+    """From 8 to 2 in the 18 steps behind a warm-up of two."""
+    fields = {"learning_rate": 8.0, "final_learning_rate": 2.0, "warmup_steps": 2, "schedule": "linear",
+              "weight_decay": 0.1, "clip_norm": 1.0}  # fmt: skip
+    before, after = (
+        Config(optimizer=OptimizerConfig(**fields | changed), train=TrainConfig(steps=number))
+        for changed, number in (({}, 20), (optimizer, steps))
+    )
+    assert optimizer_notes(before, after, step) == ([expected] if expected else [])

@@ -29,6 +29,7 @@ from bigmac_jax.model.traffic import replica_bytes
 from bigmac_jax.planning import hlo
 from bigmac_jax.planning.compiled_programs import compile_program
 from bigmac_jax.planning.hlo_collectives import Collective, collectives
+from bigmac_jax.training.replicas import describe_crossing
 from bigmac_jax.training.step import make_trainer, split_model
 
 # A large eps makes the update proportional to the gradient: Adam's own first step is its sign.
@@ -236,3 +237,35 @@ def test_what_replicas_are_not_for() -> None:
     batch = dataclasses.replace(config.data, batch_size=12)
     with pytest.raises(ConfigError, match=r"a multiple of mesh\.replica × mesh\.data × .* = 8; use 16"):
         make_mesh(dataclasses.replace(config, data=batch))
+
+
+@pytest.mark.parametrize(
+    ("mesh", "model", "parts", "data", "slices", "expected"),
+    [
+        ({"fsdp": True, "data": 4}, {}, 1, 4, 2,
+         ["across 2 slices in every pass: mesh.replica=2 and mesh.data=2 keep that inside"]),
+        ({"fsdp": True, "data": 0}, {}, 1, 6, 3, ["across 3 slices in every pass: mesh.replica=3 keep that inside"]),
+        ({"fsdp": True, "replica": 2, "data": 4}, {}, 1, 4, 2, ["mesh.replica=4 and mesh.data=2 keep"]),
+        ({"fsdp": True}, {}, 1, 4, 1, []),
+        ({"fsdp": True}, {}, 1, 3, 2, []),
+        ({"fsdp": False}, {}, 1, 4, 2, []),
+        ({"replica": 2}, {"balance": "quantile", "balance_step": "same"}, 1, 1, 1, ["all replicas 20 times in each"]),
+        ({"replica": 2}, {"balance": "quantile", "balance_step": "next"}, 1, 1, 1, []),
+        ({"replica": 1}, {"balance": "quantile", "balance_step": "same"}, 1, 1, 1, []),
+        ({"replica": 2}, {"balance_scope": "part"}, 4, 1, 1, ["adds up the replicas' loads 4 times a step"]),
+        ({"replica": 2}, {"balance_scope": "part"}, 2, 1, 1, ["adds up the replicas' loads 2 times a step"]),
+        ({"replica": 2}, {"balance_scope": "part"}, 1, 1, 1, []),
+        ({"replica": 2}, {"balance_scope": "step"}, 4, 1, 1, []),
+        ({"replica": 1}, {"balance_scope": "part"}, 4, 1, 1, []),
+        ({"replica": 2}, {"balance_scope": "part", "balance": "bias"}, 4, 1, 1, []),
+        ({"replica": 2}, {"balance_scope": "part", "structure": "dense"}, 4, 1, 1, []),
+    ],
+)  # fmt: skip
+def test_what_crosses_slow_links_too_often_is_said(
+    mesh: dict, model: dict, parts: int, data: int, slices: int, expected: list[str]
+) -> None:
+    config = tiny(**model)
+    train = dataclasses.replace(config.train, accumulate_steps=parts)
+    config = dataclasses.replace(config, mesh=dataclasses.replace(config.mesh, **mesh), train=train)
+    lines = describe_crossing(config, data, slices)
+    assert len(lines) == len(expected) and all(said in line for said, line in zip(expected, lines, strict=True))

@@ -1,6 +1,8 @@
 """The training step: accumulation, meshes, the balance bias, the optimizer, dtypes, donation and dropout keys."""
 
 import dataclasses
+import math
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import jax
@@ -14,7 +16,7 @@ from bigmac_jax.data.batch import batch_from_windows
 from bigmac_jax.model.mesh import make_mesh
 from bigmac_jax.runtime import environment
 from bigmac_jax.training.programs import step_program
-from bigmac_jax.training.step import make_trainer
+from bigmac_jax.training.step import _Programs, make_trainer
 
 from .tools import host, session
 
@@ -230,3 +232,23 @@ def test_a_configs_options_reach_the_step() -> None:
         lowered = trainer.step.lower(trainer.abstract_state, batch, trainer.rate(0))
         with pytest.raises(jax.errors.JaxRuntimeError, match="xla_no_such"):
             lowered.compile()
+
+
+def test_what_is_a_spike() -> None:
+    """Above twice the 17th of 32 recent losses; a bad step's loss is not remembered."""
+    of_run: Any = SimpleNamespace(config=SimpleNamespace(train=SimpleNamespace(spike_factor=2.0)))
+    recent = np.random.default_rng(0).permutation(32).astype(np.float32) + 1
+
+    def judge(loss: float, norm: float, losses: np.ndarray | None) -> tuple[bool, Any]:
+        bad, after = _Programs._judge(of_run, jnp.float32(loss), jnp.float32(norm), losses)
+        return bool(bad), after if after is None else np.asarray(after).tolist()
+
+    assert judge(34.0, 1.0, recent) == (False, [*recent[1:], 34.0])
+    for loss, norm in ((34.01, 1.0), (math.nan, 1.0), (math.inf, 1.0), (3.0, math.inf), (3.0, math.nan)):
+        assert judge(loss, norm, recent) == (True, recent.tolist())
+    few = np.sort(recent)[::-1].copy()
+    few[:16] = np.inf  # none is a spike before 17 are known
+    assert judge(1e9, 1.0, few)[0] is False
+    few[15] = 16.0
+    assert judge(32.5, 1.0, few)[0] is True
+    assert judge(1e9, 1.0, None) == (False, None) and judge(1e9, math.inf, None) == (True, None)
