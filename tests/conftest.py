@@ -41,11 +41,15 @@ def pytest_configure(config: pytest.Config) -> None:
     """Programs that another test, worker or run has compiled are read: about a tenth of a first run, a third of later
     ones. The key has the whole program, its options, and the versions of what compiles it."""
     if hasattr(config, "cache"):  # not with -p no:cacheprovider
-        folder = config.cache.mkdir("programs")
-        if not hasattr(config, "workerinput") and sum(file.stat().st_size for file in folder.iterdir()) > MOST_BYTES:
-            for file in folder.iterdir():  # a limit of JAX's own would be looked after at every write
-                file.unlink()
+        folder, name = config.cache.mkdir("programs"), os.environ.get("PYTEST_XDIST_WORKER", "main")
+        if not hasattr(config, "workerinput"):
+            files = [file for file in folder.parent.glob("programs*/*") if file.is_file()]
+            if sum(file.stat().st_size for file in files) > MOST_BYTES:
+                for file in files:  # a limit of JAX's own would be looked after at every write
+                    file.unlink()
         jax.config.update("jax_compilation_cache_dir", str(folder))
+        # Of what a worker's tests start. JAX says on stderr if it reads a program that another process writes just now.
+        os.environ["JAX_COMPILATION_CACHE_DIR"] = str(config.cache.mkdir(f"programs-{name}"))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
         jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 

@@ -145,7 +145,8 @@ def test_no_trap_is_opened(tmp_path: pathlib.Path, traps: pathlib.Path, hostile:
     watch = Watch(traps)
     for name, argv in commands.items():
         log = tmp_path / f"{name}.log"
-        ended = forks.start(argv, log, environment={"BIGMAC_CACHE_DIR": str(tmp_path / "cache")})
+        own = {"BIGMAC_CACHE_DIR": str(tmp_path / "cache"), "JAX_COMPILATION_CACHE_DIR": ""}
+        ended = forks.start(argv, log, environment=own)
         assert ended.wait() == 0, (name, log.read_text())
     assert watch.opened() == set()
     assert any((tmp_path / "cache" / "programs").iterdir())

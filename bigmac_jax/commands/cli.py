@@ -123,8 +123,10 @@ def warn(lines: Iterable[str]) -> None:
 
 
 def enter_mesh(config: Config, fit_batch: bool = True) -> jax.sharding.Mesh:
-    """Makes the config's mesh the current one, and keeps compiled programs in config.cache_dir."""
-    jax.config.update("jax_compilation_cache_dir", str(storage.locate(config.cache_dir, "cache_dir") / "programs"))
+    """Makes the config's mesh the current one, and keeps compiled programs in config.cache_dir, unless
+    $JAX_COMPILATION_CACHE_DIR says where."""
+    if not jax.config.jax_compilation_cache_dir:
+        jax.config.update("jax_compilation_cache_dir", str(storage.locate(config.cache_dir, "cache_dir") / "programs"))
     with clock.timed("devices"):
         mesh = make_mesh(config, fit_batch)
     idle = set(range(jax.process_count())) - {device.process_index for device in mesh.devices.flat}

@@ -200,6 +200,12 @@ def test_generate(outcomes: dict[str, Outcome], folder: pathlib.Path) -> None:
     assert "6 tokens in" in err
 
 
+def test_programs_are_kept_where_the_environment_says(outcomes: dict[str, Outcome], folder: pathlib.Path) -> None:
+    own = os.environ.get("JAX_COMPILATION_CACHE_DIR", "")
+    assert outcomes["train"].code == 0 and (folder / "cache" / "programs").exists() == (not own)
+    assert list(pathlib.Path(own or folder / "cache" / "programs").glob("jit_step*"))
+
+
 def test_train(outcomes: dict[str, Outcome], folder: pathlib.Path) -> None:
     """Two simulated devices, without an environment variable; both spellings of an override."""
     code, out, err = outcomes["train"]
