@@ -40,6 +40,24 @@ def test_best_fit_by_hand() -> None:
     assert best_fit(np.array([6, 5, 2]), 8) == [[0, 2], [1]]  # and not where more room is left
 
 
+def test_pieces_of_one_size_are_taken_in_their_order() -> None:
+    """200 windows with room for one; the last that was opened is filled first."""
+    windows = best_fit(np.array([3, 1] * 200), 4)
+    assert windows == [[2 * i, 2 * (199 - i) + 1] for i in range(200)]
+
+
+def test_a_stream_without_ends_is_one_document() -> None:
+    """Its padding is a token that there is."""
+    stream = MemoryStream(np.array([5, 6, 7, 8, 9]), Counts(tokens=5))
+    packed = PackedDocuments(stream, 3)
+    assert [window.tolist() for window in packed] == [  # type: ignore[attr-defined]
+        [[5, 6, 7], [6, 7, 8], [0, 0, 0]],
+        [[8, 0, 0], [9, NO_TARGET, NO_TARGET], [0, PADDING, PADDING]],
+    ]
+    assert packed.padding == pytest.approx(2 / 6)
+    assert PackedDocuments(MemoryStream(np.array([5, 6]), Counts(tokens=2)), 1).padding == 0
+
+
 def test_a_window_by_hand() -> None:
     stream = MemoryStream(np.array([9, 1, 2, 9, 3, 9, 4, 5, 6, 7, 9]), Counts(tokens=11), END)
     packed = PackedDocuments(stream, 6)
