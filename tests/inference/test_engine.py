@@ -2,8 +2,10 @@
 
 import gc
 import random
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -14,9 +16,11 @@ from training.tools import text
 
 from bigmac_jax.config import Config, ConfigError
 from bigmac_jax.data.tokenizer import ByteTokenizer
-from bigmac_jax.inference import Generator, Sampling
+from bigmac_jax.inference import Generator, Sampling, decoding
+from bigmac_jax.inference import engine as engine_module
 from bigmac_jax.inference.engine import Engine
 from bigmac_jax.inference.jobs import CANCELLED, Job
+from bigmac_jax.inference.pages import PageAllocator
 
 LENGTH, SLOTS, POSITIONS, PAGE, CHUNK = 40, 8, 160, 4, 32
 WORDS = text(1, seed=2)[0]
@@ -294,3 +298,94 @@ def test_a_soak_leaves_nothing_behind(generator: Generator, engine: Engine) -> N
     objects, arrays = soak(generator, engine, 10_000)
     assert arrays[-1] <= arrays[1]
     assert objects[-1] - objects[1] <= 200, objects
+
+
+@pytest.mark.parametrize(
+    ("chunk", "row", "ranks", "expected"),
+    [
+        (512, 64, 1, (1, 4, 8)), (64, 64, 1, (1,)), (65, 64, 1, (1, 2)), (1, 64, 1, (1,)), (256, 64, 1, (1, 4)),
+        (257, 64, 1, (1, 4, 5)), (2048, 64, 1, (1, 4, 16, 32)), (512, 64, 2, (2, 4, 8)), (512, 64, 8, (8,)),
+        (513, 64, 4, (4, 12)),
+    ],
+)  # fmt: skip
+def test_widths_of_prefill(
+    chunk: int, row: int, ranks: int, expected: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From one row to the chunk, each four times the last; tensor ranks divide them."""
+    monkeypatch.setattr(engine_module, "tensor_ranks", lambda: ranks)
+    assert engine_module._prefill_widths(chunk, row) == expected
+
+
+@pytest.mark.parametrize(
+    ("unread", "expected"),
+    [
+        ([], 0), ([(0, 0)], 0), ([(0, 1)], 1), ([(0, 16)], 1), ([(0, 17)], 1), ([(0, 33)], 4), ([(0, 49)], 4),
+        ([(0, 64)], 4), ([(0, 65)], 4), ([(0, 80), (0, 160)], 16), ([(0, 176)], 4), ([(0, 192)], 16),
+        ([(0, 256)], 16), ([(0, 999)], 16), ([(0, 32), (1, 32)], 1), ([(0, 32), (1, 48)], 4), ([(0, 20), (0, 20)], 4),
+    ],
+)  # fmt: skip
+def test_the_program_that_prompts_fill(unread: list[tuple[int, int]], expected: int) -> None:
+    """Of one, four and sixteen rows of 16 tokens the one that holds all if three quarters of it are filled, else the
+    widest that is; by the shard with most rows."""
+    jobs = [
+        (SimpleNamespace(prompt=range(5 + tokens)), SimpleNamespace(shard=shard, read=5)) for shard, tokens in unread
+    ]
+    of: Any = SimpleNamespace(shards=2, _row_size=16, _widths=(1, 4, 16), _running=SimpleNamespace(items=lambda: jobs))
+    assert Engine._choose_width(of) == expected
+
+
+@pytest.mark.parametrize(
+    ("requests", "batch", "tensor", "expected"),
+    [(1, 1, 1, 1), (5, 1, 1, 5), (5, 2, 1, 3), (4, 2, 1, 2), (5, 2, 2, 4), (8, 2, 2, 4), (9, 2, 2, 6), (3, 1, 4, 4)],
+)
+def test_slots_of_a_shard(
+    requests: int, batch: int, tensor: int, expected: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Enough for all requests; tensor ranks divide them."""
+    monkeypatch.setattr(decoding, "batch_ranks", lambda: batch)
+    monkeypatch.setattr(decoding, "tensor_ranks", lambda: tensor)
+    assert decoding.slots_per_shard(requests) == expected
+
+
+def test_a_job_takes_a_position_a_token_but_for_the_last(generator: Generator) -> None:
+    job = generator.job((1, 2, 3), Sampling(max_tokens=5), 7)
+    assert (job.positions, job.number, job.begins, job.reused) == (7, 7, False, 0)
+
+
+def admitted(engine: Any, prompts: list[tuple[int, ...]]) -> list[tuple[int, int, int]]:
+    """Shard, slot and reused tokens of each that gets a slot."""
+    jobs = [SimpleNamespace(prompt=prompt, positions=len(prompt) + 1, reused=0) for prompt in prompts]
+    engine._queue, engine._running = deque(jobs), Running()
+    Engine._admit(engine)
+    assert list(engine._queue) == jobs[len(engine._running.pairs) :]
+    assert all(at.read == job.reused == at.allocation.cached for job, at in engine._running.pairs)
+    return [(at.shard, at.slot, job.reused) for job, at in engine._running.pairs]
+
+
+class Running:
+    """Requests in order; they need no hash."""
+
+    def __init__(self) -> None:
+        self.pairs = list[Any]()
+
+    def __setitem__(self, job: Any, at: Any) -> None:
+        self.pairs.append((job, at))
+
+
+def test_who_gets_which_slot() -> None:
+    """The shard that holds the beginning, then the one with most pages, then the first; none overtakes."""
+
+    def made(pages: tuple[int, ...], slots: int = 2) -> Any:
+        return SimpleNamespace(
+            pages=[PageAllocator(number, 4) for number in pages], _free=[list(range(slots))[::-1] for _ in pages]
+        )
+
+    assert admitted(made((4, 4)), [(1,) * 3, (2,) * 3, (3,) * 9, (4,)]) == [(0, 0, 0), (1, 0, 0), (0, 1, 0), (1, 1, 0)]
+    assert admitted(made((3, 5)), [(1,) * 3, (2,) * 3, (3,) * 3]) == [(1, 0, 0), (1, 1, 0), (0, 0, 0)]
+    assert admitted(made((2, 2)), [(1,) * 4, (2,) * 8, (3,)]) == [(0, 0, 0)]  # of three pages none has room
+    assert admitted(made((4, 4), 1), [(1,), (2,), (3,)]) == [(0, 0, 0), (1, 0, 0)]
+    engine = made((4, 8))
+    known = engine.pages[0].allocate(range(9), 9)
+    engine.pages[0].share(known, range(9))
+    engine.pages[0].free(known)
+    assert admitted(engine, [tuple(range(9)), (7,) * 9]) == [(0, 0, 8), (1, 0, 0)]

@@ -19,7 +19,7 @@ from bigmac_jax.inference import Generator
 from bigmac_jax.inference.int8_weights import Int8, dequantize, quantize, should_quantize
 from bigmac_jax.inference.kv_cache import make_decoder
 from bigmac_jax.model.mesh import make_mesh
-from bigmac_jax.model.parameters import map_declared
+from bigmac_jax.model.parameters import Declaration, map_declared
 from bigmac_jax.run.loop import train
 from bigmac_jax.training.loss import token_scores
 
@@ -104,3 +104,26 @@ def test_other_weights_are_refused() -> None:
     config = tiny()
     with on_mesh(config), pytest.raises(ConfigError, match="weights='int4' must be float32, bfloat16 or int8"):
         make_decoder(config, abstract_model(config), weights="int4")
+
+
+@pytest.mark.parametrize(
+    ("shape", "table", "axis"), [((2, 3), False, -1), ((3, 2), False, -2), ((3, 3), False, -2), ((3, 2), True, -1)]
+)
+def test_what_a_channel_is(shape: tuple[int, int], table: bool, axis: int) -> None:
+    """The shorter dimension of a matrix, an output of a square one, a row of a table; and one of zeros stays zero."""
+    w = np.arange(1, 1 + math.prod(shape), dtype=np.float32).reshape(1, *shape) / 127
+    w *= np.where(np.arange(math.prod(shape)).reshape(shape) % 2, -1, 1)
+    w = np.concatenate([w, 0 * w])
+    found = quantize(Declaration("XY", "mlp", 1.0, table=table), w)
+    scale = np.abs(w).max(axis, keepdims=True) / 127
+    np.testing.assert_allclose(found.scale, scale, rtol=1e-6)
+    np.testing.assert_array_equal(found.values, np.round(w / np.where(scale == 0, 1, scale)))
+    wide = dequantize({"a": found, "b": w}, "bfloat16")
+    assert wide["a"].dtype == "bfloat16" and wide["b"] is w
+    np.testing.assert_allclose(np.asarray(wide["a"], np.float32), found.values * scale, rtol=2**-8)
+
+
+def test_what_is_kept_in_eight_bits() -> None:
+    kinds = [{}, {"table": True}, {"decays": False}, {"exact": True}, {"small": True}, {"exact": True, "small": True}]
+    found = [should_quantize(Declaration("XY", "mlp", 1.0, **kind)) for kind in kinds]
+    assert found == [True, True, False, False, False, False]

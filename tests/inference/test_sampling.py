@@ -139,3 +139,16 @@ def test_values_out_of_range(field: str, value: Any) -> None:
 
 def test_stop_may_be_one_text() -> None:
     assert Sampling(stop="end").stop == ("end",) and Sampling(stop=["a", "b"]).stop == ("a", "b")  # type: ignore[arg-type]
+
+
+def test_the_ends_of_ranges_are_allowed() -> None:
+    most = Sampling(max_tokens=1, top_k=(1 << 31) - 1, top_p=1, seed=(1 << 32) - 1, logprobs=20, temperature=3e38)
+    assert (most.top_k, most.logprobs, most.ignore_eos) == (2**31 - 1, 20, False)
+    least = Sampling(temperature=0, top_k=0, top_p=1e-9, seed=0, logprobs=0)
+    assert least == Sampling(top_p=1e-9) and least.stop == ()
+    assert (Sampling().max_tokens, Sampling().temperature, Sampling().top_p) == (64, 0.0, 1.0)
+
+
+def test_the_first_of_equal_logits_is_taken() -> None:
+    logits_V = np.where(np.arange(200) % 7 == 5, 2.0, 1.0)
+    assert chosen([Sampling()] * 2, [0, 1], np.zeros(2, np.int32), logits_V).token.tolist() == [5, 5]

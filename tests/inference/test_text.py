@@ -11,7 +11,7 @@ from tokenizers import decoders, models
 from bigmac_jax.data.tokenizer import ByteTokenizer, JsonTokenizer, Tokenizer, train_bpe
 from bigmac_jax.inference import Generator
 from bigmac_jax.inference.sampling import Sampling
-from bigmac_jax.inference.text import BROKEN, Text
+from bigmac_jax.inference.text import BROKEN, Text, _overlap, _shortest_context
 
 
 def pieces(content: bytes, **sampling: object) -> tuple[list[str], Text]:
@@ -161,3 +161,27 @@ def test_a_token_of_no_number_ends_it(logprob: float) -> None:
     assert text.add(ord("a"), -0.5) == "a"
     assert text.add(256, logprob) == ""
     assert (text.finish_reason, text.text, text.tokens, text.logprobs) == (BROKEN, "a", [97], [-0.5])
+
+
+@pytest.mark.parametrize(
+    ("text", "stop", "expected"),
+    [("one tw", "two", 2), ("one t", "two", 1), ("one two", "two", 0), ("one", "two", 0), ("aaa", "aaab", 3),
+     ("xaa", "aaab", 2), ("tw", "two", 2), ("", "two", 0), ("t", "t", 0), ("abab", "ababc", 4), ("ab", "ba", 1)],
+)  # fmt: skip
+def test_the_beginning_of_a_stop_text(text: str, stop: str, expected: int) -> None:
+    """The longest that the text ends with; never the whole."""
+    assert _overlap(text, stop) == expected
+
+
+def test_the_context_that_a_text_continues() -> None:
+    """The fewest of at most 16 tokens that are whole characters."""
+    euro = list("€".encode())
+    assert _shortest_context(ByteTokenizer(), [65, 66]) == ([66], "B")
+    assert _shortest_context(ByteTokenizer(), [65, *euro]) == (euro, "€")
+    assert _shortest_context(ByteTokenizer(), euro[:2]) == _shortest_context(ByteTokenizer(), []) == ([], "")
+    stray = [0x82] * 16
+    assert _shortest_context(ByteTokenizer(), [66, *stray[1:]]) == ([], "")
+    spaces = [SPACE, *[1] * 14]  # which are no text by themselves
+    tokenizer: Any = SimpleNamespace(decode=lambda tokens: "x" if SPACE in tokens or A in tokens else "")
+    assert _shortest_context(tokenizer, [A, *spaces[1:], 1]) == ([A, *spaces[1:], 1], "x")
+    assert _shortest_context(tokenizer, [A, *spaces[1:], 1, 1]) == ([], "")
