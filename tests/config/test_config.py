@@ -30,6 +30,7 @@ from bigmac_jax.config import (
     with_mesh,
     with_overrides,
 )
+from bigmac_jax.config.blocks import Loop, Stack
 from bigmac_jax.config.reading import retrained
 from bigmac_jax.config.reads import unread_for
 from bigmac_jax.config.resuming import RATES_MAY_CHANGE, drop_notes
@@ -214,6 +215,102 @@ def test_invalid(config_file: pathlib.Path, overrides: str, parts: tuple[str, ..
     message = refusal(config_file, *(overrides.split(" ")))
     for part in parts:
         assert part in message
+
+
+TUNED = "train.init_from=x tuning.lora_rank=1"
+DPO = "tuning.objective=dpo train.init_from=x data.source=a.jsonl data.validation_source=a.jsonl"
+GROWS = "train.choices_from=2 train.choices_steps=9"
+ALONE = "tuning.train_router=false"
+LIMITS = [  # overrides, a field with the last value that they allow, and the first that they don't; what is said of it
+    ("model.num_layers=1", f"model.blocks={'*E' * 256}", f"model.blocks={'*E' * 256}*", "513 branches"),
+    ("", f"model.mtp_blocks={'M' * 511}E", f"model.mtp_blocks={'M' * 512}E", "513 branches"),
+    ("", "model.mtp_blocks=M*E", "model.mtp_blocks=MEE", "must be one layer"),
+    ("", "model.mtp_blocks=*-", "model.mtp_blocks=X-", "may have the letters"),
+    ("model.structure=dense", "model.mtp_blocks=*-", "model.mtp_blocks=*E", "has experts (E)"),
+    ("", "model.mtp_modules=16", "model.mtp_modules=17", "must be at most 16"),
+    ("data.sequence_length=4", "model.mtp_modules=3", "model.mtp_modules=4", "below data.sequence_length=4"),
+    ("model.num_layers=4", "model.first_dense_layers=3", "model.first_dense_layers=4", "below model.num_layers=4"),
+    ("model.structure=dense", "model.first_dense_layers=0", "model.first_dense_layers=1", "with experts, not dense"),
+    ("model.blocks=*E", "model.first_dense_layers=0", "model.first_dense_layers=1", "no blocks"),
+    ("model.hidden_size=12", "model.positions=learned", "model.positions=rope", "= 3 must be even"),
+    ("model.hidden_size=12", "model.head_dim=4", "model.head_dim=5", "model.head_dim = 5 must be even"),
+    ("model.num_heads=8", "model.num_kv_heads=4", "model.num_kv_heads=5", "multiple of model.num_kv_heads=5"),
+    ("", "model.down_ratio=1", "model.down_ratio=1.00390625", "must lie in (0, 1]"),
+    ("", "model.down_ratio=0.00390625", "model.down_ratio=0.000001", "must be a whole number"),
+    ("", "model.down_ratio=0.2500035", "model.down_ratio=0.2500042", "must be a whole number"),
+    ("model.structure=vanilla", "model.num_experts=32", "model.num_experts=16", "at least 2"),
+    ("", "model.top_k=32", "model.top_k=33", "at most model.num_experts=32"),
+    ("model.num_expert_groups=4", "model.top_groups=4", "model.top_groups=5", "at most model.num_expert_groups=4"),
+    ("model.num_expert_groups=4 model.top_groups=2", "model.top_k=16", "model.top_k=17", "the 16 experts"),
+    ("model.top_groups=1", "model.num_expert_groups=4", "model.num_expert_groups=3", "model.num_expert_groups=3"),
+    ("model.balance=quantile", "model.top_k=31", "model.top_k=32", "a free choice"),
+    ("model.num_expert_groups=2 model.top_groups=1", "model.balance=bias", "model.balance=quantile", "a free choice"),
+    ("model.balance_step=same", "model.balance=quantile", "model.balance=none", "is for balance=quantile"),
+    ("model.overflow=next model.capacity_factor=2", "model.top_k=30", "model.top_k=31", "must be at most 1"),
+    ("model.overflow=next", "model.capacity_factor=9", "model.capacity_factor=inf", "use overflow=drop"),
+    ("model.structure=vanilla", "model.latent_norm=gate", "model.latent_norm=pre_dispatch", "needs structure=bigmac"),
+    ("model.structure=dense", "model.latent_norm=none", "model.latent_norm=skip", "needs a layer with experts"),
+    ("model.blocks=ME model.mamba_most_step=0.5", "model.mamba_least_step=0.4", "model.mamba_least_step=0.5", "below"),
+    ("model.blocks=ME model.mamba_heads=6", "model.mamba_groups=3", "model.mamba_groups=4", "multiple of model"),
+    ("model.blocks=ME model.hidden_size=48", "model.mamba_head_dim=32", "model.mamba_head_dim=64", "2 × model.hidden"),
+    ("model.blocks=ME model.mamba_head_dim=96", "model.mamba_heads=1", "model.mamba_heads=0", "2 × model.hidden"),
+    (TUNED, "tuning.lora_rank=64", "tuning.lora_rank=65", "must be at most 64"),
+    ("tuning.lora_rank=8", "train.init_from=x", "train.init_from=", "say which: train.init_from"),
+    (DPO, "model.balance_step=next", "model.balance=quantile model.balance_step=same", "use balance_step=next"),
+    (DPO, "model.capacity_factor=inf", "model.capacity_factor=2", "use capacity_factor=inf"),
+    (DPO, "train.init_from=x", "train.init_from=", "give train.init_from"),
+    (DPO, "model.mtp_modules=0", "model.mtp_modules=1", "not trained by tuning.objective=dpo"),
+    (DPO, "train.choices_from=0", GROWS.replace("2", "3"), "use choices_from=0"),
+    (GROWS, "train.choices_from=3", "train.choices_from=4", "must be below model.top_k=4"),
+    (GROWS, "train.choices_steps=1", "train.choices_steps=0", "needs train.choices_steps"),
+    (GROWS, "train.choices_from=2", "train.choices_from=1", "a gate that is always 1"),
+    (f"{GROWS} train.choices_from=1", "model.router_renormalize=false", "model.router_renormalize=true", "always 1"),
+    (f"{GROWS} model.capacity_factor=2", "model.overflow=drop", "model.overflow=next", "finds room for model.top_k"),
+    (GROWS, "model.balance=bias", "model.balance=quantile", "solves its bias for model.top_k"),
+    ("", "train.experts_per_checkpoint=31", "train.experts_per_checkpoint=32", "must be below model.num_experts=32"),
+    ("train.experts_per_checkpoint=1", "model.blocks=*E", "model.blocks=*E*EME", "saves experts of one stack"),
+    (ALONE, "model.balance=bias model.balance_bias_rate=0", "model.balance=bias", "moves the router's bias"),
+    (ALONE, "model.balance=aux_loss", "model.balance=quantile", "moves the router's bias"),
+    (TUNED, "model.balance=none", "model.balance=quantile", "moves the router's bias"),
+    ("", "tuning.teacher_weight=1 model.balance=quantile", "tuning.teacher_weight=1.001", "must be at most 1"),
+    (DPO, "tuning.teacher=", "tuning.teacher=y", "has its own reference"),
+    (DPO, "tuning.dpo_beta=0.001", "tuning.dpo_beta=0", "must be above 0"),
+    (TUNED, "tuning.lora_alpha=0.001", "tuning.lora_alpha=0", "must be above 0"),
+    (TUNED, "tuning.lora_targets=mlp,mamba", "tuning.lora_targets=mlp,mam", "must be some of"),
+    (f"{TUNED} {ALONE}", "tuning.lora_targets=mlp", "tuning.lora_targets=mlp,router", "names the router"),
+    ("tuning.teacher=y", "model.mtp_modules=0", "model.mtp_modules=1", "not trained beside a teacher"),
+    ("execution.resident_layers=1", "execution.resident_experts=0", "execution.resident_experts=1", "are two ways"),
+    ("execution.buffer_factor=1", "execution.exchange=dedup", "execution.exchange=gather", "needs an exchange"),
+    ("execution.exchange=gather", "execution.buffer_factor=inf", "execution.buffer_factor=9", "needs an exchange"),
+    ("mesh.replica_optimizer=sharded", "mesh.replica=1", "mesh.replica=2", "use it with mesh.fsdp=True"),
+    ("mesh.replica_optimizer=sharded mesh.replica=2", "mesh.fsdp=true", "mesh.fsdp=false", "use it with mesh.fsdp"),
+    ("train.experts_per_checkpoint=1 model.mtp_modules=1", "model.mtp_blocks=*-", "model.mtp_blocks=*E", "next-token"),
+    (TUNED, "train.experts_per_checkpoint=0", "train.experts_per_checkpoint=1", "trains adapters"),
+    ("train.spike_factor=0", "train.spike_factor=1.001", "train.spike_factor=1", "must be above 1"),
+    ("optimizer.moment_dtype=bfloat16", "optimizer.b1=0.99", "optimizer.b1=0.9901", "must be at most 0.99"),
+    ("optimizer.moment_dtype=bfloat16", "optimizer.momentum=0.99", "optimizer.momentum=0.9901", "must be at most 0.99"),
+    ("train.tasks=piqa", "train.tasks_every=5", "train.tasks= train.tasks_every=5", "needs train.tasks"),
+    ("data.documents=masked", "data.packing=best_fit", "data.documents=stream data.packing=best_fit", "needs data.doc"),
+    ("mesh.tensor=2", "model.num_kv_heads=1", "model.num_heads=9 model.num_kv_heads=3 model.head_dim=8", "num_heads=9"),
+    ("mesh.tensor=4 model.num_heads=12 model.head_dim=8", "model.num_kv_heads=4", "model.num_kv_heads=6", "or divide"),
+    ("mesh.tensor=2", "model.vocab_size=300", "model.vocab_size=301", "model.vocab_size=301 must be a multiple"),
+    ("mesh.tensor=2 model.blocks=ME model.mamba_heads=6", "model.mamba_groups=2", "model.mamba_groups=3", "mamba_g"),
+    ("mesh.tensor=2 model.blocks=*E*-", "model.dense_hidden_size=6", "model.dense_hidden_size=7", "the MLPs' width"),
+    ("mesh.tensor=2 model.structure=dense", "model.expert_hidden_size=6", "model.expert_hidden_size=7", "MLP's width"),
+    ("mesh.tensor=2 model.expert_hidden_size=7", "mesh.split_experts=false", "mesh.split_experts=true", "experts'"),
+    ("mesh.expert=4", "model.num_experts=36", "model.num_experts=34", "must be a multiple of mesh.node"),
+    ("mesh.data=3 mesh.replica=2", "data.batch_size=12", "data.batch_size=9", "must be a multiple of mesh.replica"),
+    ("data.batch_size=3 data.sequence_length=4", "execution.overlap_chunks=6", "execution.overlap_chunks=8", "the 12"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("overrides", "last", "first", "part"), LIMITS, ids=[row[2][:60] for row in LIMITS])
+def test_the_limits_of_what_goes_together(
+    config_file: pathlib.Path, overrides: str, last: str, first: str, part: str
+) -> None:
+    allowed = load_config(config_file, [*overrides.split(), *last.split()])
+    assert allowed == with_overrides(allowed, [])
+    assert part in refusal(config_file, *overrides.split(), *first.split())
 
 
 FILES = {
@@ -676,6 +773,119 @@ def test_resolved_sizes() -> None:
     assert len({2 * m.wire_size * m.expert_width * m.expert_count for m in (bigmac, fine, vanilla)}) == 1
     dense = dataclasses.replace(bigmac, structure="dense")
     assert (dense.wire_size, dense.expert_width, dense.expert_count, dense.choices) == (256, 1024, 0, 0)
+
+
+BASE = {"hidden_size": 96, "num_heads": 6, "num_experts": 32, "top_k": 3, "down_ratio": 0.25, "num_layers": 4}
+GROUPS = {"num_expert_groups": 4, "top_groups": 2, "top_k": 8}
+VANILLA = {"structure": "vanilla"}
+DENSE = {"structure": "dense", "latent_norm": "none"}
+SIZES: list[tuple[dict[str, Any], dict[str, Any]]] = [  # fields of a model of `BASE`: what it makes of them
+    ({}, {"head_size": 16, "kv_heads": 6, "latent_size": 24, "wire_size": 24, "expert_width": 96, "expert_count": 32,
+          "choices": 3, "mlp_width": 384, "shared_width": 0, "mamba_head_count": 3, "mamba_width": 192, "depth": 4,
+          "latent_norms": ("skip", "post_combine"), "has_router_bias": False, "counts_loads_first": False}),
+    ({"head_dim": 20, "num_kv_heads": 2}, {"head_size": 20, "kv_heads": 2}),
+    ({"mamba_head_dim": 32}, {"mamba_head_count": 6, "mamba_width": 192}),
+    ({"mamba_head_dim": 32, "mamba_heads": 10}, {"mamba_head_count": 10, "mamba_width": 320}),
+    ({"dense_hidden_size": 100}, {"mlp_width": 100}),
+    (DENSE | {"dense_hidden_size": 100}, {"mlp_width": 384, "expert_count": 0, "choices": 0, "is_moe": False}),
+    (DENSE | {"expert_hidden_size": 50}, {"mlp_width": 50, "moe_layers": 0, "mlp_layers": 4}),
+    ({"down_ratio": 0.333333}, {"latent_size": 32}),
+    ({"structure": "fine_grained"}, {"wire_size": 96, "expert_width": 24, "latent_norms": (), "choices": 3}),
+    (VANILLA, {"wire_size": 96, "expert_width": 384, "expert_count": 2, "choices": 1, "latent_norms": ()}),
+    (VANILLA | {"down_ratio": 0.5}, {"expert_count": 4, "count_name": "vanilla's num_experts"}),
+    ({"expert_hidden_size": 50}, {"expert_width": 50, "count_name": "model.num_experts"}),
+    ({"num_shared_experts": 3}, {"shared_width": 72}),
+    ({"num_shared_experts": 3, "shared_expert_hidden_size": 50}, {"shared_width": 150}),
+    ({"balance": "bias"}, {"has_router_bias": True}),
+    ({"balance": "quantile"}, {"has_router_bias": True}),
+    ({"balance": "none", "balance_scope": "step"}, {"has_router_bias": False, "counts_loads_first": False}),
+    ({"balance_scope": "step"}, {"counts_loads_first": True}),
+    (DENSE | {"balance_scope": "step"}, {"counts_loads_first": False}),
+    ({"latent_norm": "none"}, {"latent_norms": ()}),
+    ({"latent_norm": "pre_dispatch"}, {"latent_norms": ("pre_dispatch",)}),
+    ({"latent_norm": "gate"}, {"latent_norms": ("skip", "post_combine", "gate")}),
+    (GROUPS, {"group_best": 4}),
+    (GROUPS | {"group_scores": "top_2"}, {"group_best": 2}),
+    (GROUPS | {"num_experts": 8, "top_k": 4, "top_groups": 4}, {"group_best": 1}),
+    (GROUPS | {"num_experts": 4, "top_k": 2, "group_scores": "top_2"}, {"group_best": 1}),
+    (GROUPS | {"top_k": 1}, {"group_best": 1}),
+    (GROUPS | {"top_k": 16, "num_experts": 24, "top_groups": 3}, {"group_best": 5}),
+    ({"first_dense_layers": 1}, {"loops": (Loop(("*-",), 1), Loop(("*E",), 3)), "moe_layers": 3, "mlp_layers": 1}),
+    ({"blocks": "ME*E", "num_layers": 2}, {"loops": (Loop(("ME", "*E"), 2),), "moe_layers": 4, "mamba_layers": 2}),
+    ({"blocks": "*E*E", "num_layers": 1}, {"loops": (Loop(("*E",), 2),), "depth": 2}),
+    (DENSE | {"blocks": "*EM-", "num_layers": 1}, {"loops": (Loop(("*-", "M-"), 1),), "mlp_layers": 2}),
+    ({"mtp_modules": 2}, {"mtp_stack": Stack("mtp", "*E", range(4, 6), range(4, 6))}),
+    ({"blocks": "MM*E-ME", "mtp_modules": 2}, {"mtp_stack": Stack("mtp", "ME", range(12, 14), range(8, 10))}),
+    ({"mtp_blocks": "M-", "mtp_modules": 2}, {"mtp_stack": Stack("mtp", "M-", range(4, 6), range(0))}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("fields", "sizes"), SIZES)
+def test_sizes_by_hand(fields: dict[str, Any], sizes: dict[str, Any]) -> None:
+    model = ModelConfig(**BASE | fields)
+    assert {name: getattr(model, name) for name in sizes} == sizes
+
+
+def test_what_is_trained_has_the_next_token_modules() -> None:
+    model = ModelConfig(**BASE, blocks="MM*E-ME", mtp_modules=2, mtp_blocks="MM*-")
+    assert [model.count_trained(letters) for letters in ("M", "*", "E", "-", "M*")] == [16, 6, 8, 6, 22]
+    assert [model.count_branches(letters) for letters in ("M", "*", "E", "-", "M*")] == [12, 4, 8, 4, 16]
+    assert model.trained_stacks == (*model.stacks, model.mtp_stack)
+    assert ModelConfig(**BASE).trained_stacks == ModelConfig(**BASE).stacks
+
+
+def test_how_many_experts_fit_ranks() -> None:
+    """vanilla has e·R / 4h: of R = 24 and h = 96 a multiple of 16 · ranks / (what ranks share with nothing)."""
+    assert [ModelConfig(**BASE | {"num_experts": 30}).fitting_experts(ranks) for ranks in (1, 4, 7)] == [30, 32, 35]
+    vanilla = ModelConfig(**BASE | VANILLA | {"num_experts": 48})
+    assert [vanilla.fitting_experts(ranks) for ranks in (1, 2, 3, 5)] == [48, 64, 48, 80]
+    assert ModelConfig(**BASE | VANILLA | {"down_ratio": 0.375}).fitting_experts(1) == 32  # 36 · 32 / 384 = 3
+
+
+def test_sizes_of_a_mesh_and_of_buffers_by_hand() -> None:
+    mesh = MeshConfig(data=7, node=2, expert=3, tensor=5, replica=11)
+    assert (mesh.expert_ranks, mesh.model_ranks, mesh.fixed_ranks) == (6, 30, 330)
+    assert [ExecutionConfig(dtype=dtype).dtype_bytes for dtype in ("float32", "bfloat16")] == [4, 2]
+    rounds = [ExecutionConfig(buffer_factor=factor) for factor in ("auto", 2.0, math.inf)]
+    assert [(made.room_factor, made.asks_for_rounds) for made in rounds] == [
+        (1.5, False), (2.0, True), (math.inf, False),
+    ]  # fmt: skip
+
+
+PARTS: list[tuple[list[str], dict[str, Any]]] = [  # overrides of the defaults: what the whole makes of them
+    ([], {"dropless": True, "has_segments": False, "sorts_biases": True, "grows_choices": False, "trains_mtp": False,
+          "projection_rate": 0.125, "context_length": 256, "mamba_chunk": 256}),
+    (["model.capacity_factor=2", "execution.exchange=gather"], {"dropless": True}),
+    (["model.capacity_factor=2", "execution.exchange=dedup"], {"dropless": True}),
+    (["model.capacity_factor=2", "execution.exchange=dedup", "mesh.expert=2"], {"dropless": False}),
+    (["model.capacity_factor=2", "execution.exchange=all_to_all"], {"dropless": False}),
+    (["model.capacity_factor=2", "model.structure=dense", "model.latent_norm=none"], {"dropless": True}),
+    (["data.documents=masked"], {"has_segments": True, "sorts_biases": False}),
+    (["tuning.objective=sft"], {"has_segments": True}),
+    (["data.sequence_length=8192"], {"sorts_biases": True}),
+    (["data.sequence_length=8192", "data.batch_size=17"], {"sorts_biases": False}),
+    (["train.accumulate_steps=2"], {"sorts_biases": False}),
+    (["mesh.replica=2"], {"sorts_biases": False}),
+    (["model.mtp_modules=1"], {"sorts_biases": False, "trains_mtp": True}),
+    (["model.mtp_modules=1", "train.init_from=x", "tuning.lora_rank=1"], {"trains_mtp": False}),
+    (["train.choices_from=2", "train.choices_steps=5"], {"grows_choices": True}),
+    (["train.choices_from=2", "model.structure=vanilla"], {"grows_choices": False}),
+    (["model.projection_init=random"], {"projection_rate": 1.0}),
+    (["model.structure=fine_grained"], {"projection_rate": 1.0}),
+    (["optimizer.projection_rate=0.5"], {"projection_rate": 0.5}),
+    (["data.sequence_length=100"], {"mamba_chunk": 100}),
+    (["execution.mamba_chunk=32"], {"mamba_chunk": 32}),
+    (["model.context_length=300"], {"context_length": 300}),
+    (["model.context_length=100"], {"context_length": 256}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("overrides", "parts"), PARTS)
+def test_what_the_sections_make_together(overrides: list[str], parts: dict[str, Any]) -> None:
+    config = with_overrides(Config(), overrides)
+    assert {name: getattr(config, name) for name in parts} == parts
+    alone = config.model.mtp_modules and not config.trains_mtp
+    assert config.step_model == (dataclasses.replace(config.model, mtp_modules=0) if alone else config.model)
 
 
 @pytest.mark.parametrize(
