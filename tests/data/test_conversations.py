@@ -1,5 +1,7 @@
 """Conversations: which tokens are learned, token by token, and what becomes of rows that are bad."""
 
+import dataclasses
+import hashlib
 import json
 import logging
 import math
@@ -16,6 +18,7 @@ from bigmac_jax.data.batch import NO_TARGET, PADDING
 from bigmac_jax.data.chat_template import DEFAULT, Chat, ChatError
 from bigmac_jax.data.conversations import Conversations
 from bigmac_jax.data.pipeline import TrainIterator, count_targets, eval_batches, open_stream
+from bigmac_jax.data.splits import hold_out, text_key
 from bigmac_jax.data.tokenizer import ByteTokenizer, JsonTokenizer, Tokenizer, train_bpe
 
 EOS = 256
@@ -68,6 +71,7 @@ def test_prompt_and_completion(tmp_path: pathlib.Path) -> None:
     (sequence,) = conversations(tmp_path, [{"prompt": "1+1=", "completion": "2!"}]).sequences
     assert bytes_of(sequence) == ids("1+1=2!")
     assert bytes_of(sequence, "targets") == [NO_TARGET] * 3 + ids("2!¶")
+    assert sequence.dtype == np.int32
 
 
 @pytest.mark.parametrize("objective", ["sft", "dpo"])
@@ -352,6 +356,85 @@ def test_bad_rows_are_counted_and_named(tmp_path: pathlib.Path, caplog: pytest.L
     assert "1 longer than data.sequence_length" in line
     with pytest.raises(ConfigError, match="has no row to learn from"):
         conversations(tmp_path, rows[:3], bad_rows="skip")
+
+
+def test_bad_rows_are_told_by_their_reasons(tmp_path: pathlib.Path, caplog: pytest.LogCaptureFixture) -> None:
+    """At most five places of each; a special token's name is no text of a prompt, an answer or a message."""
+    (tmp_path / "t.jinja").write_text("{{ raise_exception('no system') if messages[0].role == 'system' }}" + DEFAULT)
+    rows = [
+        *({"prompt": text, "completion": answer} for text, answer in (("a<|endoftext|>", "b"), ("a", "<|endoftext|>"))),
+        {"messages": [{"role": "user", "content": "a<|endoftext|>"}, TURNS[2]]},
+        {"messages": TURNS},
+        {"prompt": "a", "completion": "b"},
+        *[{"prompt": "a" * 64, "completion": "b"}]
+        * 7,  # 65 tokens with the answer's end, of which the last is a target
+        {"prompt": "a" * 63, "completion": "b"},
+        {"prompt": None, "completion": "b"},
+    ]
+    with caplog.at_level(logging.WARNING):
+        stream = conversations(tmp_path, rows, bad_rows="skip", chat_template=str(tmp_path / "t.jinja"))
+    assert stream.counts.documents == 2
+    (line,) = (record.getMessage() for record in caplog.records)
+    place = f"{tmp_path / 'rows.jsonl'} line "
+    assert line.partition(" rows left out: ")[2].replace(place, "") == (
+        "3 with a message that no template takes (1, 2, 3); 1 that the template refuses (4); "
+        "1 without a prompt (14); 7 longer than data.sequence_length (6, 7, 8, 9, 10 and 2 more)"
+    )
+
+
+def test_rows_are_held_out_by_their_text(tmp_path: pathlib.Path) -> None:
+    """As documents are: a row's line is its text."""
+    rows = [{"prompt": f"{n:02}", "completion": "!" * (n % 5 + 1)} for n in range(30)]
+    file = write(tmp_path / "rows.jsonl", rows)
+    config = Config(
+        data=DataConfig(source=file, tokenizer="bytes"), tuning=TuningConfig("sft"), cache_dir=str(tmp_path / "cache")
+    )
+    lines = pathlib.Path(file).read_text().splitlines(keepends=True)
+    held, _ = hold_out([(text_key(line.strip()), len(line)) for line in lines], ("validation", "test"))
+    for split in ("train", "validation", "test"):
+        expected = [line[12:14] for line in lines if held.few and held.few[text_key(line.strip())] == split]
+        stream = open_stream(config, split, ByteTokenizer())
+        assert isinstance(stream, Conversations) and len(expected) > 0
+        assert [bytes(s[0, :2].tolist()).decode() for s in stream.sequences] == expected
+    few = write(tmp_path / "few.jsonl", rows[:2])
+    with pytest.raises(ConfigError, match="has 2 rows, too few to hold some out"):
+        open_stream(
+            dataclasses.replace(config, data=DataConfig(source=few, tokenizer="bytes")), "train", ByteTokenizer()
+        )
+
+
+def test_a_template_is_kept_where_it_was_used_or_given(tmp_path: pathlib.Path) -> None:
+    """A model of texts alone keeps none; a date in it is that of the run."""
+    plain = [{"prompt": "a", "completion": "b"}]
+    (tmp_path / "t.jinja").write_text(DEFAULT + "{{ strftime_now('%Y')[:0] }}")
+    given = {"chat_template": str(tmp_path / "t.jinja")}
+    templates = [
+        conversations(tmp_path, rows, 128, **tuning).chat.files.template
+        for rows, tuning in ((plain, {}), ([{"messages": TURNS}], {}), (plain, given))
+    ]
+    assert templates == ["", DEFAULT, (tmp_path / "t.jinja").read_text()]
+    assert conversations(tmp_path, [{"messages": TURNS}], 128, **given).chat.files.date
+
+
+def test_rows_have_a_fingerprint_and_windows_their_reference(tmp_path: pathlib.Path) -> None:
+    stream = conversations(tmp_path, [{"prompt": "p", "chosen": "ab", "rejected": "c"}] * 3, 64, objective="dpo")
+    digest = hashlib.sha256()
+    for inputs, targets in stream.sequences:
+        content = np.array([inputs, targets], "<i4").tobytes()
+        digest.update(len(inputs).to_bytes(8, "big") + content)
+    assert stream.rows == digest.hexdigest()
+    assert stream.pack(5).describe() == "3 windows of 3 rows, 0.00% padding"
+    with pytest.raises(ConfigError, match="its longest row has 5 tokens, more than the 4 of a window"):
+        stream.pack(4)
+    packed = stream.pack(12)
+    assert packed.describe() == "2 windows of 3 rows, 37.50% padding" and packed[0].shape == (3, 12)
+    assert packed[0].tolist() == [
+        [*ids("pabpcpabpc"), EOS, EOS], [*ids("ab¶c¶ab¶c¶"), NO_TARGET, NO_TARGET],
+        [0, 0, 0, 1, 1, 2, 2, 2, 3, 3, PADDING, PADDING],
+    ]  # fmt: skip
+    packed.reference = np.arange(24, dtype=np.float32).reshape(2, 12) / 7
+    assert packed[1].shape == (4, 12) and packed[1].dtype == np.int32
+    np.testing.assert_array_equal(packed[1][3].view(np.float32), packed.reference[1])
 
 
 def test_windows_hold_whole_conversations(tmp_path: pathlib.Path) -> None:
