@@ -1,6 +1,8 @@
 """The self-check: green on a machine that computes right, red in the right place on one that doesn't."""
 
 import contextlib
+import dataclasses
+import itertools
 import json
 import math
 import pathlib
@@ -16,10 +18,10 @@ import pytest
 
 from bigmac_jax.model import experts
 from bigmac_jax.model.exchange import STRATEGIES, Gather, Ragged
-from bigmac_jax.model.mesh import ranks
+from bigmac_jax.model.mesh import batch_spec, make_mesh, rank_spec, ranks, token_spec
 from bigmac_jax.planning.cost import step_time
 from bigmac_jax.planning.hardware import load_hardware
-from bigmac_jax.selfcheck import checks, host, on_devices, part_checks, rates
+from bigmac_jax.selfcheck import checks, host, numpy_reference, on_devices, part_checks, rates
 from bigmac_jax.selfcheck.on_devices import MismatchError
 from bigmac_jax.selfcheck.rates import Rate, all_rates, find_hardware
 from bigmac_jax.training import step
@@ -453,3 +455,531 @@ def test_hosts_of_gpus_alone_are_asked() -> None:
     assert host.host_checks([device("cpu")], None) == host.host_checks([device("tpu")], None) == []
     found = host.host_checks([device("gpu")], load_hardware("h100"))
     assert [check.name for check in found] == ["driver", "memory"] and found[1].run() == "93.1 GiB"
+
+
+def test_checks_of_each_platform() -> None:
+    """In their order: the dtypes of each part, cuDNN's attention in 16 bits alone, exchanges that the device has."""
+
+    def found(platform: str, kind: str) -> list[tuple[Any, ...]]:
+        devices = [types.SimpleNamespace(platform=platform, device_kind=kind)]
+        made = checks.all_checks(devices)
+        assert all(check.run.args[0] is devices and not check.run.keywords for check in made)
+        return [(*check[:3], check.run.func.__name__, *check.run.args[1:]) for check in made]
+
+    grouped, of_training = "execution.grouped_matmul=auto", ("training step", "training", "", "check_training")
+    of_experts = [
+        (f"experts {layout} {dtype}", "experts", grouped, "check_experts", layout == "dropless", dtype)
+        for layout, dtype in itertools.product(("dropless", "capacity"), ("float32", "bfloat16"))
+    ]
+    decoding = [(f"decoding {d}", "decoding", "", "check_decoding", d) for d in ("float32", "bfloat16")]
+
+    def attention(*names: str) -> list[tuple[Any, ...]]:
+        return [
+            (f"attention {name} {d}", "attention", f"execution.attention={name}", "check_attention", name, d)
+            for name in names
+            for d in ("float32", "bfloat16")
+            if (name, d) != ("cudnn", "float32")
+        ]
+
+    def exchanges(*names: str) -> list[tuple[Any, ...]]:
+        return [(f"exchange {n}", "exchange", f"execution.exchange={n}", "check_exchange", n) for n in names]
+
+    four = "all_to_all", "dedup", "hierarchical", "gather"
+    for platform, kind, kernels, names in (
+        ("cpu", "cpu", ("auto", "xla"), (*four, "ragged")),
+        ("tpu", "TPU v5 lite", ("auto", "xla"), four),
+        ("gpu", "NVIDIA H100 80GB HBM3", ("auto", "xla", "cudnn", "triton"), (*four, "ragged")),
+        ("other", "other", ("auto", "xla"), (*four, "ragged")),
+    ):
+        expected = [*of_experts, *attention(*kernels), *decoding, *exchanges(*names), of_training]
+        assert found(platform, kind) == expected
+
+
+def test_a_check_fails_everywhere_if_it_fails_on_one_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    def result(gathered: list[str], error: Exception | None = None) -> tuple[Any, ...]:
+        monkeypatch.setattr(checks.hosts, "gather", lambda why: [why, *gathered])
+        monkeypatch.setattr(checks, "time", types.SimpleNamespace(perf_counter=iter((3.0, 5.5)).__next__))
+
+        def test() -> str:
+            if error:
+                raise error
+            return "fine"
+
+        check = checks.Check("the wire", "exchange", "", test)
+        made = checks.run(check)
+        assert made.check is check and made.ok == (not made.why)
+        return made[1:]
+
+    assert result([]) == result(["", ""]) == ("", "fine", 2.5)
+    assert result(["", "lost"]) == ("process 2: lost", "fine", 2.5)
+    assert result(["lost", "lost"], MismatchError("off\nby one")) == ("off\nby one", "", 2.5)
+    assert result([], ValueError("off\nby one")) == ("ValueError: off", "", 2.5)
+
+
+BOUND_OF = {"float32": 3e-5, "bfloat16": 3e-2}
+
+
+class Exact:
+    """In place of what checks run on devices, of their references, and of `jax.vjp`: what is given to each is kept."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, expected: dict[str, Any]):
+        self._expected = expected
+        for name, value in {
+            "run_on_each": self.run_on_each,
+            "compare": self.compare,
+            "jax": types.SimpleNamespace(vjp=self.vjp),
+            "numpy_reference": types.SimpleNamespace(experts=self.reference, attention=self.reference),
+        }.items():
+            monkeypatch.setattr(part_checks, name, value)
+
+    def run_on_each(self, mesh: Any, dtype: str, on_rank: Any, *trees: Any) -> Any:
+        assert mesh.devices.flatten().tolist() == two()
+        self.dtype, self.trees = dtype, trees
+        return on_rank(*trees)
+
+    def vjp(self, function: Any, *arguments: Any) -> tuple[Any, Any]:
+        def pull(dy: Any) -> Any:
+            self.dy = dy
+            return self.gradients
+
+        self.arguments = arguments
+        return function(*arguments), pull
+
+    def reference(self, *given: Any, **named: Any) -> dict[str, Any]:
+        self.given, self.named = given, named
+        return self._expected
+
+    def compare(self, actual: Any, expected: Any, bound: float) -> str:
+        self.actual, self.expected, self.bound = actual, expected, bound
+        return "fine"
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dropless", [True, False])
+def test_what_experts_are_given(dropless: bool, dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows and weights of one rank, the rows' experts as a router or a capacity exchange gives them."""
+    S, C, K, e, R, F = 2, 32, 2, 8, 128, 256
+    N = 192 if dropless else 512
+    weights = {"w_in_eRF": (e, R, F), "w_out_eFR": (e, F, R), "b_in_eF": (e, F), "b_out_eR": (e, R)}
+    shapes = {"x": (N, R), "dy": (N, R), "gate": (N, K if dropless else 1)} | weights
+    names = {"y", "dx", "d_gate", *(f"d_{name}" for name in weights)}
+    exact = Exact(monkeypatch, {name: f"expected {name}" for name in names})
+    exact.gradients = "dx", "d_gate", {name: f"d_{name}" for name in weights}
+
+    def mlp(config: Any, w: Any, rows: Any, gate: Any, expert: Any, share: int) -> np.ndarray:
+        assert (config.model.use_bias, config.execution.dtype, config.mesh.expert) == (True, dtype, 2)
+        exact.mlp = w, gate, expert
+        assert share == (48 if dropless else 64) and rows.shape == ((N, R) if dropless else (S, e, C, R))
+        return 2 * rows
+
+    monkeypatch.setattr(part_checks, "grouped_mlp", mlp)
+    assert part_checks.check_experts(two(), dropless, dtype) == "fine"
+    given, expert = exact.trees
+    w = {name: given[name] for name in weights}
+    assert {name: value.shape for name, value in given.items()} == shapes and expert.dtype == np.int32
+    assert exact.dtype == dtype and {value.dtype.name for value in given.values()} == {dtype}
+    # As large as what a layer's experts multiply: rows and biases about 1, and so are products.
+    for name, scale in (("x", 1), ("dy", 1), ("b_in_eF", 1), ("b_out_eR", 1), ("w_in_eRF", 128**-0.5),
+                        ("w_out_eFR", 256**-0.5)):  # fmt: skip
+        assert np.std(given[name].astype(np.float64)) == pytest.approx(scale, rel=0.1), name
+    assert (given["x"] != given["dy"]).any()
+    if dropless:  # two thirds of the first choices fall on expert 1; none is of 4 or 7, and e is no expert's here
+        first, second = (np.bincount(column, minlength=e + 1) for column in expert.T)
+        assert first.tolist() == [0, 128, 0, 64, 0, 0, 0, 0, 0] and expert[:4, 0].tolist() == [3, 1, 1, 3]
+        assert set(np.flatnonzero(second)) == {0, 2, 5, 6, 8} and second[[0, 2, 5, 6, 8]].min() > 20
+        assert len(np.unique(given["gate"])) > 50 and 0 <= given["gate"].min() < given["gate"].max() <= 1
+    else:
+        ordered = np.broadcast_to(np.arange(e)[None, :, None], (S, e, C))
+        np.testing.assert_array_equal(expert, ordered.reshape(N, 1))
+        assert (given["gate"] == 1).all()
+    # Both sides are given the same.
+    x, gate, w_of_vjp = exact.arguments
+    assert (x is given["x"], gate is given["gate"], exact.dy is given["dy"], w_of_vjp) == (True, True, True, w)
+    assert exact.mlp[0] is w_of_vjp and exact.mlp[1] is (gate if dropless else None)
+    assert exact.mlp[2] is (expert if dropless else None) and exact.named == {}
+    assert exact.given[0] == w and all(a is b for a, b in zip(
+        exact.given[1:], (given["x"], given["gate"], expert, given["dy"]), strict=True
+    ))  # fmt: skip
+    left = names if dropless else names - {"d_gate"}
+    np.testing.assert_array_equal(exact.actual.pop("y"), 2 * given["x"])
+    assert exact.actual == {name: name for name in left - {"y"}} and exact.bound == BOUND_OF[dtype]
+    assert exact.expected == {name: f"expected {name}" for name in left}
+
+
+def test_what_attention_is_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    exact, called = Exact(monkeypatch, {"expected": 1}), list[Any]()
+    exact.gradients = "dq", "dk", "dv"
+
+    def attention(*qkv: Any, implementation: str) -> str:
+        called.append(qkv)
+        return implementation
+
+    monkeypatch.setattr(part_checks, "causal_attention", attention)
+    for dtype in ("float32", "bfloat16"):
+        assert part_checks.check_attention(two(), "cudnn", dtype) == "fine"
+        (given,) = exact.trees
+        assert {name: value.shape for name, value in given.items()} == {
+            "q": (1, 320, 4, 64), "dy": (1, 320, 4, 64), "k": (1, 320, 2, 64), "v": (1, 320, 2, 64),
+        }  # fmt: skip
+        assert exact.dtype == dtype and {value.dtype.name for value in given.values()} == {dtype}
+        assert all(np.std(value.astype(np.float64)) == pytest.approx(1, rel=0.05) for value in given.values())
+        assert all(a is b is c for a, b, c in zip(
+            called.pop(), exact.arguments, (given["q"], given["k"], given["v"]), strict=True
+        ))  # fmt: skip
+        assert exact.dy is given["dy"] and not exact.given
+        named = {"q_BLNH": given["q"], "k_BMGH": given["k"], "v_BMGH": given["v"], "dy_BLNH": given["dy"]}
+        assert exact.named.keys() == named.keys() and all(exact.named[name] is named[name] for name in named)
+        assert exact.actual == {"y": "cudnn", "dq": "dq", "dk": "dk", "dv": "dv"}
+        assert (exact.expected, exact.bound) == ({"expected": 1}, BOUND_OF[dtype])
+
+
+def test_what_decoding_is_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Four rows of 1 to 1104 tokens, in 69 pages of 16 each; here each row's query looks at its own, one by one."""
+    lengths, pages = (1, 17, 129, 1104), 69
+    exact = Exact(monkeypatch, {})
+
+    def of_row(q_NH: Any, k_LGH: Any, v_LGH: Any) -> np.ndarray:
+        y = np.zeros((4, 128))
+        for n in range(4):
+            weights = np.exp(k_LGH[:, n // 2].astype(np.float64) @ q_NH[n] / math.sqrt(128))
+            y[n] = weights / weights.sum() @ v_LGH[:, n // 2]
+        return y
+
+    def reference(q: Any, k: Any, v: Any, dy: Any) -> dict[str, np.ndarray]:
+        assert q.shape == dy.shape == (1, k.shape[1], 4, 128) and k.shape == v.shape == (1, k.shape[1], 2, 128)
+        y = np.full(q.shape, np.nan)
+        y[0, -1] = of_row(q[0, -1], k[0], v[0])
+        return {"y": y}
+
+    def attend(q_GWXH: Any, k_GnpH: Any, v_GnpH: Any, table_WK: Any, position_WC: Any) -> np.ndarray:
+        assert q_GWXH.shape == (2, 4, 2, 128) and k_GnpH.shape == v_GnpH.shape == (2, 4 * pages, 16, 128)
+        assert sorted(table_WK.flat) == list(range(4 * pages)) and list(table_WK.flat) != list(range(4 * pages))
+        assert table_WK.shape == (4, pages) and position_WC.tolist() == [[length - 1] for length in lengths]
+        y = np.zeros(q_GWXH.shape)
+        for w, length in enumerate(lengths):
+            k, v = (x[:, table_WK[w]].reshape(2, -1, 128).swapaxes(0, 1) for x in (k_GnpH, v_GnpH))
+            begun = -(-length // 16) * 16
+            for x in (k, v):  # zeros behind the last token of its page, and NaN in pages that have none
+                assert np.isnan(x[begun:]).all() and (x[length:begun] == 0).all()
+                assert np.std(x[:length]) == pytest.approx(1, rel=0.15)
+            y[:, w] = of_row(q_GWXH[:, w].reshape(4, 128) * math.sqrt(128), k[:length], v[:length]).reshape(2, 2, 128)
+        return y
+
+    monkeypatch.setattr(part_checks, "numpy_reference", types.SimpleNamespace(attention=reference))
+    monkeypatch.setattr(part_checks, "paged_attention", attend)
+    assert part_checks.check_decoding(two(), "float32") == "fine" and exact.bound == 3e-5
+    (given, table, position) = exact.trees
+    assert exact.dtype == "float32" and {value.dtype for value in given.values()} == {np.dtype("float32")}
+    assert table.dtype == position.dtype == np.int32 and given["q"].shape == (4, 4, 128)
+    assert exact.actual.keys() == exact.expected.keys() == {"y"} and exact.actual["y"].shape == (4, 4, 128)
+    np.testing.assert_allclose(exact.actual["y"], exact.expected["y"], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(("name", "devices", "sizes"), [("ragged", 2, (1, 2)), ("hierarchical", 4, (2, 2))])
+def test_what_exchanges_are_given(
+    name: str, devices: int, sizes: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept: dict[str, Any] = {"drops": 0.0, "off": 0.0}
+
+    def execute(mesh: Any, dtype: str, function: Any, given: Any, specs: Any, ragged: bool) -> Any:
+        kept.update(mesh=mesh, dtype=dtype, function=function, given=given, specs=specs, ragged=ragged)
+        layer, x, dy = given
+        w = {"router_DE": layer.router_DE[...], "down_DR": layer.down.w_DF[...], "up_RD": layer.up.w_DF[...],
+             "w_in_eRF": layer.experts.w_in_eRF[...], "w_out_eFR": layer.experts.w_out_eFR[...]}  # fmt: skip
+        found = numpy_reference.moe(w, x.reshape(-1, 64), dy.reshape(-1, 64), 3)
+        kept["w"] = w
+        y, dx = (found[of].reshape(x.shape) for of in ("y", "dx"))
+        return {"y": y, "dx": dx + kept["off"] * np.abs(dx).max(), "drops": np.float32(kept["drops"])}
+
+    configs: list[Any] = []
+    tiny = part_checks.tiny_config
+    monkeypatch.setattr(part_checks, "execute", execute)
+    monkeypatch.setattr(part_checks, "tiny_config", lambda *a, **k: configs.append(tiny(*a, **k)) or configs[-1])
+    assert part_checks.check_exchange(jax.devices()[:devices], name) == "within 0e+00"
+    (config,) = configs
+    assert (config.execution.exchange, config.execution.grouped_matmul) == (name, "blocks")
+    mesh, (_, x, dy) = kept["mesh"], kept["given"]
+    assert (mesh.shape["node"], mesh.shape["expert"], mesh.size) == (*sizes, devices)
+    assert (kept["dtype"], kept["ragged"]) == ("float32", name == "ragged")
+    assert kept["specs"][1:] == (token_spec(3), token_spec(3))
+    assert x.shape == dy.shape == (devices, 16, 64) and x.dtype == dy.dtype == np.float32
+    lead = numpy_reference.margin(kept["w"]["router_DE"], x.reshape(-1, 64), 3)
+    assert lead.min() > 0.1 and (np.diff(lead) <= 0).all()  # of twice as many tokens the half that is surest
+    assert np.std(dy) == pytest.approx(1, rel=0.1) and (x != dy).all()
+    for value in kept["w"].values():  # products are as large as their rows
+        assert value.dtype == np.float32 and np.std(value) == pytest.approx(value.shape[-2] ** -0.5, rel=0.1)
+    kept["off"] = 1e-4
+    with pytest.raises(MismatchError, match=r"dx is off by 1"):
+        part_checks.check_exchange(jax.devices()[:devices], name)
+    kept.update(off=0.0, drops=0.5)
+    with pytest.raises(MismatchError, match=r"50.0% of the choices"):
+        part_checks.check_exchange(jax.devices()[:devices], name)
+
+    def layer(x: Any, evaluating: bool) -> tuple[Any, Any]:
+        assert evaluating
+        return 2 * x, types.SimpleNamespace(drop_rate=np.array([0.25, 0.75]))
+
+    def vjp(function: Any, x: Any, has_aux: bool) -> tuple[Any, Any, Any]:
+        assert has_aux
+        y, stats = function(x)
+        return y, lambda dy: (5 * dy,), stats
+
+    monkeypatch.setattr(part_checks, "jax", types.SimpleNamespace(vjp=vjp))
+    monkeypatch.setattr(part_checks, "replicate", lambda arrays: arrays)
+    assert kept["function"](layer, 3.0, 7.0) == {"y": 6.0, "dx": 35.0, "drops": 0.5}
+
+
+def test_the_norm_on_all_devices_is_that_on_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[Any, ...]] = []
+
+    def train(config: Any, devices: Any, steps: int = 3) -> tuple[list[float], float]:
+        asked.append((config.mesh.expert, config.model.num_experts, config.data.batch_size, len(devices), steps))
+        return [3.0, 2.5, 2.25], norms[len(devices)]
+
+    monkeypatch.setattr(part_checks, "train", train)
+    for norm, good in ((2.0, True), (2.00019, True), (1.99981, True), (2.00021, False), (1.99979, False)):
+        norms = {1: 2.0, 2: norm}
+        asked.clear()
+        if good:
+            assert part_checks.check_training(two()) == "loss 3.000 → 2.250"
+        else:
+            with pytest.raises(MismatchError, match=r"and 2\.000000 on one of them"):
+                part_checks.check_training(two())
+        assert asked == [(2, 8, 2, 2, 3), (1, 8, 2, 1, 1)]
+    norms = {1: math.nan}
+    assert part_checks.check_training(two()[:1]) == "loss 3.000 → 2.250"  # there is no other to compare with
+    assert asked[2:] == [(1, 8, 1, 1, 3)]
+
+
+def test_three_steps_of_training(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One batch of random tokens; losses of all steps, and the norm of the first."""
+    config, steps = on_devices.tiny_config(2), list[Any]()
+
+    class Trainer:
+        def __init__(self, *given: Any) -> None:
+            assert given[0] is config and given[1].devices.flatten().tolist() == two()
+            self.step = types.SimpleNamespace(lower=lambda *given: given)
+
+        def init(self, key: Any) -> int:
+            np.testing.assert_array_equal(jax.random.key_data(key), [0, config.train.seed])
+            return 100
+
+        def rate(self, done: int) -> float:
+            return done + 0.5
+
+    def compile_program(mesh: Any, lowered: Any) -> Any:
+        assert mesh.size == 2 and (lowered[0], lowered[2]) == (100, 0.5)
+        assert jax.config.jax_default_matmul_precision == "highest"
+
+        def step(state: int, batch: Any, rate: float) -> tuple[int, Any]:
+            assert batch is lowered[1]
+            steps.append((state, rate))
+            return state + 1, types.SimpleNamespace(loss=np.float32(state), grad_norm=np.float32(10 * state))
+
+        return step
+
+    monkeypatch.setattr(part_checks, "make_trainer", Trainer)
+    monkeypatch.setattr(part_checks, "compile_program", compile_program)
+    placed: list[Any] = []
+    monkeypatch.setattr(part_checks, "place", lambda batch, spec: placed.append((batch, spec)) or batch)
+    assert part_checks.train(config, two()) == ([100.0, 101.0, 102.0], 1000.0)
+    assert steps == [(100, 0.5), (101, 1.5), (102, 2.5)]
+    assert part_checks.train(config, two(), steps=1) == ([100.0], 1000.0)
+    batch, spec = placed[0]
+    tokens = np.random.default_rng(3).integers(264, size=(2, 17), dtype=np.int32)
+    np.testing.assert_array_equal(batch.inputs_BL, tokens[:, :-1])
+    np.testing.assert_array_equal(batch.targets_BL, tokens[:, 1:])
+    assert spec == batch_spec(2)
+
+
+def test_the_tiny_model() -> None:
+    """Experts on every device, and no fewer than top-k chooses among; the group is all devices, or so many of them."""
+    for devices, count in ((1, 8), (2, 8), (3, 9), (4, 8), (5, 10), (8, 16)):
+        config = on_devices.tiny_config(devices)
+        assert (config.model.num_experts, config.mesh.expert, config.data.batch_size) == (count, devices, devices)
+    config = on_devices.tiny_config(8, 2, use_bias=True, dtype="bfloat16", exchange="hierarchical")
+    m, mesh, execution, optimizer = config.model, config.mesh, config.execution, config.optimizer
+    assert (mesh.data, mesh.node, mesh.expert, on_devices.tiny_config(8, 1, 4).mesh.expert) == (1, 2, 4, 4)
+    assert (m.num_layers, m.hidden_size, m.num_heads, m.num_kv_heads, m.vocab_size) == (2, 64, 4, 2, 264)
+    assert (m.top_k, m.expert_hidden_size, m.latent_norm, m.projection_init) == (3, 32, "none", "random")
+    assert m.capacity_factor == math.inf and m.use_bias and not on_devices.tiny_config(2).model.use_bias
+    assert (execution.unroll_layers, execution.dtype, execution.exchange) == (1, "bfloat16", "hierarchical")
+    assert (config.data.tokenizer, config.data.sequence_length) == ("bytes", 16)
+    assert (optimizer.learning_rate, optimizer.warmup_steps, optimizer.decay_steps) == (1e-2, 0, 1000)
+
+
+def test_how_checks_are_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(on_devices.environment, "compiler_options", lambda device, ragged: {"ragged": ragged})
+
+    def options(platform: str, *ragged: bool) -> Any:
+        mesh = types.SimpleNamespace(devices=np.array([[types.SimpleNamespace(platform=platform)]]))
+        lowered = types.SimpleNamespace(compile=lambda compiler_options: compiler_options)
+        return on_devices.compile_program(mesh, lowered, *ragged)
+
+    assert options("cpu") == {"xla_backend_optimization_level": 0, "ragged": False}
+    assert options("gpu", True) == {"ragged": True}
+
+
+def test_each_device_runs_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Any] = []
+    compile_program = on_devices.compile_program
+
+    def compiled(mesh: Any, lowered: Any, ragged: bool) -> Any:
+        seen.append(ragged)
+        return compile_program(mesh, lowered, ragged)
+
+    def on_rank(x: Any, tree: Any) -> dict[str, Any]:
+        seen.append((x.shape, jax.config.jax_default_matmul_precision))
+        return {"y": x + tree["two"]}
+
+    monkeypatch.setattr(on_devices, "compile_program", compiled)
+    mesh = make_mesh(on_devices.tiny_config(2), devices=two())
+    x = np.arange(6, dtype=np.float32).reshape(2, 3)
+    for dtype, precision in (("float32", "highest"), ("bfloat16", None)):
+        found = on_devices.run_on_each(mesh, dtype, on_rank, x, {"two": np.full((2, 3), 2, np.float32)})
+        np.testing.assert_array_equal(found["y"], np.stack([x + 2] * 2))
+        assert isinstance(found["y"], np.ndarray) and seen == [((2, 3), precision), False]
+        seen.clear()
+    spec = rank_spec(2)
+    on_devices.execute(mesh, "float32", lambda x: x, (x,), (spec,), True)
+    assert seen == [True]
+
+
+def gradients_by_differences(function: Any, arguments: dict[str, np.ndarray], dy: np.ndarray) -> dict[str, np.ndarray]:
+    """Of y · dy with respect to each argument, an entry at a time."""
+    found = {}
+    for name, value in arguments.items():
+        gradient = np.zeros_like(value)
+        for at in np.ndindex(value.shape):
+            ends = []
+            for by in (1e-6, -1e-6):
+                moved = value.copy()
+                moved[at] += by
+                ends.append((function(**arguments | {name: moved}) * dy).sum())
+            gradient[at] = (ends[0] - ends[1]) / 2e-6
+        found[name] = gradient
+    return found
+
+
+def test_the_reference_of_attention() -> None:
+    """One query, head and row at a time; gradients by differences."""
+    draw = np.random.default_rng(5).standard_normal
+    given = {"q": draw((2, 3, 4, 5)), "k": draw((2, 3, 2, 5)), "v": draw((2, 3, 2, 5))}
+    dy = draw((2, 3, 4, 5))
+
+    def attend(q: np.ndarray, k: np.ndarray, v: np.ndarray) -> np.ndarray:
+        y = np.zeros_like(q)
+        for b, i, n in np.ndindex(2, 3, 4):
+            scores = np.exp([q[b, i, n] @ k[b, j, n // 2] / math.sqrt(5) for j in range(i + 1)])
+            y[b, i, n] = scores / scores.sum() @ v[b, : i + 1, n // 2]
+        return y
+
+    found = numpy_reference.attention(given["q"], given["k"], given["v"], dy)
+    np.testing.assert_allclose(found["y"], attend(**given), rtol=1e-12)
+    for name, gradient in gradients_by_differences(attend, given, dy).items():
+        np.testing.assert_allclose(found[f"d{name}"], gradient, atol=1e-7)
+    assert found.keys() == {"y", "dq", "dk", "dv"}
+    half = numpy_reference.attention(*(v.astype(np.float16) for v in (*given.values(), dy)))
+    assert {value.dtype for value in half.values()} == {np.dtype("float64")}
+
+
+@pytest.mark.parametrize("biased", [True, False])
+def test_the_reference_of_experts(biased: bool) -> None:
+    """A row, a choice at a time: some are of no expert that is here, one row has an expert twice."""
+    draw = np.random.default_rng(6).standard_normal
+    w = {"w_in_eRF": draw((3, 4, 5)), "w_out_eFR": draw((3, 5, 4))}
+    w |= {"b_in_eF": draw((3, 5)), "b_out_eR": draw((3, 4))} if biased else {}
+    given = {"x": draw((6, 4)), "gate": draw((6, 2))} | w
+    expert = np.array([[0, 1], [1, 1], [2, 3], [3, 3], [1, 0], [2, 0]])
+    dy = draw((6, 4))
+
+    def mlp(x: np.ndarray, gate: np.ndarray, **w: np.ndarray) -> np.ndarray:
+        y = np.zeros_like(x)
+        for t, k in np.argwhere(expert < 3):
+            i = expert[t, k]
+            h = np.maximum(x[t] @ w["w_in_eRF"][i] + (w["b_in_eF"][i] if biased else 0), 0) ** 2
+            y[t] += gate[t, k] * (h @ w["w_out_eFR"][i] + (w["b_out_eR"][i] if biased else 0))
+        return y
+
+    found = numpy_reference.experts(w, given["x"], given["gate"], expert, dy)
+    np.testing.assert_allclose(found["y"], mlp(**given), rtol=1e-12)
+    names = {"x": "dx"} | {name: f"d_{name}" for name in ("gate", *w)}
+    assert found.keys() == {"y", *names.values()}
+    for name, gradient in gradients_by_differences(mlp, given, dy).items():
+        np.testing.assert_allclose(found[names[name]], gradient, atol=1e-6)
+
+
+def test_the_reference_of_the_layer() -> None:
+    """A token at a time; the softmax is over the chosen experts alone. What the router leads by."""
+    draw = np.random.default_rng(7).standard_normal
+    w = {"router_DE": draw((6, 5)), "down_DR": draw((6, 3)), "up_RD": draw((3, 6)), "w_in_eRF": draw((5, 3, 4)),
+         "w_out_eFR": draw((5, 4, 3))}  # fmt: skip
+    x, dy = draw((4, 6)), draw((4, 6))
+
+    def layer(x: np.ndarray) -> np.ndarray:
+        y = np.zeros_like(x)
+        for t, row in enumerate(x):
+            logits = row @ w["router_DE"]
+            chosen = sorted(range(5), key=lambda i: -logits[i])[:2]
+            for i in chosen:
+                gate = np.exp(logits[i]) / sum(np.exp(logits[j]) for j in chosen)
+                h = np.maximum(row @ w["down_DR"] @ w["w_in_eRF"][i], 0) ** 2
+                y[t] += gate * (h @ w["w_out_eFR"][i] @ w["up_RD"])
+        return y
+
+    found = numpy_reference.moe(w, x, dy, 2)
+    np.testing.assert_allclose(found["y"], layer(x), rtol=1e-10)
+    (dx,) = gradients_by_differences(layer, {"x": x}, dy).values()
+    np.testing.assert_allclose(found["dx"], dx, atol=1e-5)
+    assert found.keys() == {"y", "dx"}
+    leads = numpy_reference.margin(np.diag([1.0, 2, 3, 4]), np.array([[1.0, 1, 1, 1], [8, 1, 1, 1]]), 2)
+    assert leads.tolist() == [3 - 2, 4 - 3]
+    assert numpy_reference.margin(np.diag([1.0, 2, 3, 4]), np.array([[9.0, 1, 1, 1]]), 1).tolist() == [9 - 4]
+    large = numpy_reference._softmax(np.array([[1000.0, 1000.0 + math.log(3)], [0.0, 0.0]]))
+    np.testing.assert_allclose(large, [[0.25, 0.75], [0.5, 0.5]])
+
+
+def test_an_older_cuda_takes_an_older_driver(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "version"
+    file.write_text("NVRM version: NVIDIA UNIX x86_64 Kernel Module  525.1\n")
+    for plugins, expected in (((12,), "525.1, CUDA 12"), ((), "not said here")):
+        names = {f"jax_cuda{cuda}_plugin" for cuda in plugins}
+        monkeypatch.setattr(host.importlib.util, "find_spec", lambda name, names=names: name in names or None)
+        assert host.check_driver(file) == expected
+    assert host.check_driver(tmp_path / "none") == "not said here"
+    monkeypatch.setattr(host.importlib.util, "find_spec", lambda name: name == "jax_cuda12_plugin" or None)
+    file.write_text("NVRM version: NVIDIA UNIX x86_64 Kernel Module  524.9\n")
+    with pytest.raises(MismatchError, match=r"the driver is 524\.9, and CUDA 12 needs 525 or newer"):
+        host.check_driver(file)
+    # With both, what is newer is what jax takes.
+    monkeypatch.setattr(host.importlib.util, "find_spec", lambda name: True)
+    with pytest.raises(MismatchError, match="CUDA 13 needs 580 or newer"):
+        host.check_driver(file)
+
+
+def test_a_hundredth_of_the_memory_may_be_missing() -> None:
+    small = dataclasses.replace(load_hardware("h100"), memory_bytes=100 * 2**30)
+    assert host.check_memory(99 * 2**30, small) == "99.0 GiB"
+    with pytest.raises(MismatchError, match=r"98\.9 GiB of a GPU, and .* reckons with 100\.0;"):
+        host.check_memory(99 * 2**30 - 2**26, small)
+    silent = types.SimpleNamespace(platform="gpu", memory_stats=lambda: None)
+    assert [check[1:3] for check in host.host_checks([silent], small)] == [("host", "")] * 2
+    assert host.host_checks([silent], small)[1].run() == "not said here"
+
+
+@pytest.mark.parametrize(
+    ("cpu", "devices", "sizes"),
+    [
+        (True, 2, (2, 128, 2, 32, 128, 4)),
+        (False, 8, (4, 1024, 8, 32, 2048, 32)),
+        (False, 12, (4, 1024, 8, 36, 2048, 48)),
+    ],
+)
+def test_the_model_whose_steps_are_timed(cpu: bool, devices: int, sizes: tuple[int, ...]) -> None:
+    config = rates.training_config(devices, cpu)
+    m, data = config.model, config.data
+    found = m.num_layers, m.hidden_size, m.num_heads, m.num_experts, data.sequence_length, data.batch_size
+    assert found == sizes and (m.vocab_size, data.tokenizer) == (8192, "bytes")
+    assert config.execution.dtype == ("float32" if cpu else "bfloat16")
+    assert (config.mesh.data, config.mesh.expert) == (1, devices)
+    assert rates.training_config(40, cpu).model.num_experts == 40
