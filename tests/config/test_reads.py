@@ -11,7 +11,15 @@ import pytest
 from model.tools import some
 
 from bigmac_jax.commands import cli
-from bigmac_jax.config import Config, ConfigError, ModelConfig, OptimizerConfig, TuningConfig, load_config
+from bigmac_jax.config import (
+    Config,
+    ConfigError,
+    ModelConfig,
+    OptimizerConfig,
+    TuningConfig,
+    load_config,
+    with_overrides,
+)
 from bigmac_jax.config.reading import list_shipped, load_with_base
 from bigmac_jax.config.reads import _WHATEVER, READ, evaluation_notes, notes, unread_for
 from bigmac_jax.config.section import all_field_types
@@ -156,6 +164,160 @@ def test_what_is_read_changes_a_program(name: str) -> None:
     before, after = load_config("tiny", base), load_config("tiny", (*base, f"{name}={OTHER[name]}"))
     assert not unread_for(before, name) and not unread_for(after, name) and value(before, name) != value(after, name)
     assert programs(before) != programs(after)
+
+
+DENSE, VANILLA, TWO = "model.structure=dense", "model.structure=vanilla", "mesh.expert=2"
+CAPACITY, ROWS = "model.capacity_factor=2", "tuning.objective=sft data.source=a.jsonl"
+LORA, SAVES = "train.init_from=x tuning.lora_rank=1", "train.checkpoint_every=5"
+WHY: list[tuple[str, str, str]] = [  # overrides of the defaults, fields, and the setting for which they are not read
+    ("", "model.num_heads model.positions model.rope_theta model.top_k model.first_dense_layers model.down_ratio", ""),
+    ("", "model.capacity_factor model.router_renormalize model.balance_coefficient model.projection_init", ""),
+    ("", "execution.gather_dtype execution.resident_layers execution.overlap_chunks train.choices_from", ""),
+    ("", "data.null_rows data.packing optimizer.decay_steps optimizer.projection_rate mesh.fsdp", ""),
+    ("", "model.hyper_width", "model.router=linear"),
+    ("model.router=hyper", "model.hyper_width model.router", ""),
+    ("", "train.choices_steps", "train.choices_from=0"),
+    ("train.choices_from=2 train.choices_steps=1", "train.choices_steps", ""),
+    (VANILLA, "train.choices_from train.choices_steps model.top_k model.router_renormalize", VANILLA),
+    (VANILLA, "model.num_experts model.balance model.down_ratio", ""),
+    (DENSE, "model.num_experts model.router model.top_k model.hyper_width model.first_dense_layers", DENSE),
+    (DENSE, "model.dense_hidden_size model.down_ratio model.shared_expert_hidden_size model.overflow", DENSE),
+    (DENSE, "model.overflow_tries model.router_renormalize model.balance_coefficient model.balance_scope", DENSE),
+    (DENSE, "model.balance_step model.balance_bias_rate model.num_expert_groups mesh.split_experts", DENSE),
+    (DENSE, "execution.resident_experts execution.exchange execution.wire_dtype execution.buffer_factor", DENSE),
+    (DENSE, "train.choices_from train.choices_steps train.experts_per_checkpoint train.partial_checkpoint", DENSE),
+    (DENSE, "model.projection_init optimizer.projection_rate model.capacity_factor", DENSE),
+    ("model.structure=fine_grained", "model.projection_init", "model.structure=fine_grained"),
+    ("model.blocks=*E", "model.first_dense_layers", "model.blocks=*E"),
+    ("model.blocks=*E", "model.dense_hidden_size", "model.blocks=*E"),
+    ("model.blocks=*E-", "model.dense_hidden_size", ""),
+    ("", "model.dense_hidden_size", "model.first_dense_layers=0"),
+    ("model.first_dense_layers=1", "model.dense_hidden_size", ""),
+    ("model.expert_hidden_size=9", "model.down_ratio", ""),
+    ("model.structure=fine_grained", "model.down_ratio", ""),
+    ("model.structure=fine_grained model.expert_hidden_size=9", "model.down_ratio", "model.expert_hidden_size=9"),
+    ("model.structure=fine_grained model.expert_hidden_size=9 model.num_shared_experts=1", "model.down_ratio", ""),
+    ("model.structure=fine_grained model.expert_hidden_size=9 model.num_shared_experts=1 "
+     "model.shared_expert_hidden_size=9", "model.down_ratio", "model.expert_hidden_size=9"),
+    ("model.num_shared_experts=0", "model.shared_expert_hidden_size", "model.num_shared_experts=0"),
+    ("model.num_shared_experts=1", "model.shared_expert_hidden_size", ""),
+    (f"{CAPACITY} execution.exchange=gather", "model.capacity_factor", "execution.exchange=gather"),
+    (f"{CAPACITY} execution.exchange=ragged", "model.capacity_factor", "execution.exchange=ragged"),
+    (f"{CAPACITY} execution.exchange=dedup", "model.capacity_factor", "one rank of experts"),
+    (f"{CAPACITY} execution.exchange=hierarchical {TWO}", "model.capacity_factor", ""),
+    (f"{CAPACITY} execution.exchange=all_to_all", "model.capacity_factor execution.exchange execution.wire_dtype", ""),
+    (f"{CAPACITY} execution.exchange=auto", "execution.wire_dtype_backward", ""),
+    (f"{CAPACITY} execution.exchange=dedup", "execution.wire_dtype execution.buffer_factor", "one rank of experts"),
+    ("", "execution.exchange execution.wire_dtype execution.buffer_factor", "one rank of experts"),
+    (TWO, "execution.exchange execution.wire_dtype execution.buffer_factor", ""),
+    ("mesh.node=2", "execution.exchange execution.wire_dtype_backward execution.buffer_factor", ""),
+    ("", "model.overflow", "model.capacity_factor=inf"),
+    (CAPACITY, "model.overflow", ""),
+    (CAPACITY, "model.overflow_tries", "model.overflow=drop"),
+    (f"{CAPACITY} model.overflow=next", "model.overflow_tries", ""),
+    ("model.top_k=1", "model.router_renormalize", "model.top_k=1"),
+    ("model.top_k=2", "model.router_renormalize", ""),
+    ("model.balance=bias", "model.balance_coefficient model.balance_scope model.balance_step", "model.balance=bias"),
+    ("", "model.balance_step model.balance_bias_rate", "model.balance=aux_loss"),
+    ("model.balance=bias", "model.balance_bias_rate", ""),
+    ("model.balance=quantile", "model.balance_step", ""),
+    ("", "model.balance_scope", "train.accumulate_steps=1"),
+    ("train.accumulate_steps=2", "model.balance_scope", ""),
+    ("", "model.num_expert_groups model.top_groups model.group_scores", "model.top_groups=1 of 1"),
+    ("model.num_expert_groups=4 model.top_groups=4", "model.num_expert_groups", "model.top_groups=4 of 4"),
+    ("model.num_expert_groups=4 model.top_groups=3", "model.num_expert_groups model.group_scores", ""),
+    ("", "model.mamba_heads model.mamba_conv_bias execution.mamba_chunk", "no Mamba layer"),
+    ("model.blocks=ME", "model.mamba_heads model.mamba_least_step execution.mamba_chunk", ""),
+    ("model.mtp_modules=1 model.mtp_blocks=ME", "model.mamba_heads", ""),
+    ("model.blocks=ME", "model.num_heads execution.attention model.rope_theta model.positions", "no attention"),
+    ("model.blocks=ME model.positions=learned", "model.positions", ""),
+    ("model.positions=none", "model.rope_theta", "model.positions=none"),
+    ("execution.dtype=bfloat16", "execution.gather_dtype", "execution.dtype=bfloat16"),
+    ("mesh.data=1", "mesh.fsdp", "a mesh of one rank"),
+    ("mesh.data=2", "mesh.fsdp", ""),
+    (f"mesh.data=1 {TWO}", "mesh.fsdp", ""),
+    ("", "mesh.split_experts", "mesh.tensor=1"),
+    ("mesh.tensor=2", "mesh.split_experts", ""),
+    ("", "mesh.replica_optimizer", "mesh.replica=1"),
+    ("mesh.replica=2", "mesh.replica_optimizer", ""),
+    ("", "data.curriculum", "no data.mixture"),
+    ("data.mixture=a=1", "data.curriculum data.text_field", ""),
+    ("", "data.text_field", "data.source=sotu"),
+    ("data.validation_source=sotu", "data.text_field", "data.source=sotu"),
+    ("data.test_source=a", "data.text_field", ""),
+    ("data.source=a", "data.text_field", ""),
+    (ROWS, "data.text_field data.null_rows data.packing tuning.dpo_beta", "tuning.objective=sft"),
+    (ROWS, "tuning.bad_rows", ""),
+    ("", "tuning.bad_rows tuning.dpo_beta", "tuning.objective=pretrain"),
+    (f"{ROWS} tuning.objective=dpo train.init_from=x", "tuning.dpo_beta tuning.bad_rows", ""),
+    ("optimizer.schedule=constant", "optimizer.decay_steps", "optimizer.schedule=constant"),
+    ("optimizer.schedule=constant", "optimizer.final_learning_rate", "optimizer.schedule=constant"),
+    ("", "optimizer.momentum", "optimizer.name=adamw"),
+    ("optimizer.name=muon", "optimizer.momentum", ""),
+    (LORA, "optimizer.projection_rate", "tuning.lora_rank=1"),
+    (LORA, "tuning.lora_alpha tuning.lora_dropout tuning.lora_targets", ""),
+    ("", "tuning.lora_alpha tuning.lora_dropout tuning.lora_targets", "tuning.lora_rank=0"),
+    ("", "train.experts_per_checkpoint train.partial_checkpoint train.most_lost_updates", "train.checkpoint_every=0"),
+    (SAVES, "train.experts_per_checkpoint", ""),
+    (SAVES, "train.partial_checkpoint train.most_lost_updates", "train.experts_per_checkpoint=0"),
+    (f"{SAVES} train.experts_per_checkpoint=1", "train.partial_checkpoint train.most_lost_updates", ""),
+    ("", "model.mtp_blocks train.mtp_weight", "model.mtp_modules=0"),
+    ("model.mtp_modules=1", "model.mtp_blocks train.mtp_weight", ""),
+    (f"{LORA} model.mtp_modules=1", "train.mtp_weight", "tuning.lora_rank=1"),
+    ("", "train.max_bad_steps", "train.on_bad_step=stop"),
+    ("train.on_bad_step=skip", "train.max_bad_steps", ""),
+    ("", "train.tasks train.tasks_limit", "train.tasks_every=0"),
+    ("train.tasks=piqa train.tasks_every=1", "train.tasks train.tasks_limit", ""),
+    ("", "tuning.teacher_weight tuning.hidden_weight", "no tuning.teacher"),
+    ("tuning.teacher=x", "tuning.teacher_weight tuning.hidden_weight", ""),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("overrides", "fields", "why"), WHY)
+def test_the_setting_that_a_field_is_not_read_for(overrides: str, fields: str, why: str) -> None:
+    config = with_overrides(Config(), overrides.split())
+    assert {name: unread_for(config, name) for name in fields.split()} == dict.fromkeys(fields.split(), why)
+
+
+def test_what_an_evaluation_does_not_read() -> None:
+    """It drops nothing, and has no backward pass."""
+    config = with_overrides(Config(), ["model.capacity_factor=2", "model.overflow=next", "mesh.data=0"])
+    given = ["execution.remat", "execution.exchange", "execution.dtype", "mesh.fsdp", "model.overflow_tries"]
+    (line,) = evaluation_notes(config, given, ranks=1)
+    assert line == (
+        "set, but not read: execution.remat=none (no training); execution.exchange=all_to_all (one rank of experts); "
+        "mesh.fsdp=False (a mesh of one rank); model.overflow_tries=2 (model.overflow=drop)"
+    )
+    assert evaluation_notes(config, ["mesh.fsdp", "execution.dtype"], ranks=2) == []
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        ("train.steps=3 train.choices_steps=9 train.choices_from=2", "choices reach 2, and evaluation takes"),
+        ("train.steps=4 train.choices_steps=9 train.choices_from=2", "choices reach 3, and evaluation takes"),
+        ("train.steps=9 train.choices_steps=9 train.choices_from=2", ""),
+        ("optimizer.final_learning_rate=1e-3 optimizer.learning_rate=1e-3", ""),
+        ("model.context_length=255", "is more than model.context_length=255: exports declare 256"),
+        ("model.context_length=257", "exports still declare model.context_length=257, and this run trains on windows"),
+    ],
+)  # fmt: skip
+def test_surprises_are_told(overrides: str, said: str) -> None:
+    """Of choices, the last rate and the context, at their limits."""
+    config = with_overrides(Config(), ["optimizer.warmup_steps=0", "model.num_experts=32", "model.top_k=4",
+                                       *overrides.split()])  # fmt: skip
+    lines = [line for line in notes(config) if not line.startswith("set, but not read")]
+    assert len(lines) == bool(said) and said in "".join(lines)
+
+
+def test_a_width_that_another_structure_keeps_is_told() -> None:
+    config = with_overrides(Config(), ["model.structure=fine_grained", "model.expert_hidden_size=9"])
+    (line,) = notes(config, ["model.structure"])
+    width = config.model.hidden_size // 4
+    assert "keeps the config's model.expert_hidden_size=9" in line and f"0 takes the paper's width ({width})" in line
+    for given in ([], ["model.structure", "model.expert_hidden_size"], ["model.expert_hidden_size"]):
+        assert notes(config, given) == []
+    assert notes(with_overrides(config, ["model.expert_hidden_size=0"]), ["model.structure"]) == []
 
 
 def test_the_line_is_short_and_one() -> None:
