@@ -21,6 +21,7 @@ from bigmac_jax.config import Config, ConfigError, DataConfig, TuningConfig
 from bigmac_jax.data.pipeline import text_stream
 from bigmac_jax.data.tokenizer import ByteTokenizer
 from bigmac_jax.evaluation.loglikelihood import Result
+from bigmac_jax.evaluation.tasks import definitions
 from bigmac_jax.evaluation.tasks import needle as needle_module
 from bigmac_jax.evaluation.tasks.definitions import TASKS, Needle, Task, load_task
 from bigmac_jax.evaluation.tasks.examples import Example, build_examples
@@ -353,6 +354,140 @@ def test_own_task(tmp_path: pathlib.Path) -> None:
     for data in ("piqa=x.jsonl", "own", "own="):
         with pytest.raises(ConfigError, match="must be NAME=PATH, with a name of --tasks=own"):
             open_jobs([str(tmp_path / "own.toml")], [data], 0, CONFIG, ByteTokenizer(), 512)
+
+
+LIST, TABLE, PAIRS, SHARES = tuple[str, ...], dict[str, tuple[str, ...]], tuple[tuple[str, str], ...], tuple[float, ...]
+FIELDS: list[tuple[Any, Any, Any]] = [  # a field's type, a value in the file, and what it becomes; None: refused
+    (LIST, "a", ("a",)), (LIST, ["a", "b"], ("a", "b")), (LIST, [], ()), (LIST, ["a", 1], None), (LIST, 3, None),
+    (TABLE, {"q": "a", "c": ["b", "d"]}, {"q": ("a",), "c": ("b", "d")}), (TABLE, "a", None), (TABLE, {"q": 1}, None),
+    (PAIRS, [["a", "b"], ["c", ""]], (("a", "b"), ("c", ""))), (PAIRS, [], ()), (PAIRS, [["a"]], None),
+    (PAIRS, [["a", "b", "c"]], None), (PAIRS, ["ab"], None), (PAIRS, "ab", None), (PAIRS, [["a", 1]], None),
+    (SHARES, [0, 0.5, 1], (0.0, 0.5, 1.0)), (SHARES, [], None), (SHARES, [1.01], None), (SHARES, [-0.01], None),
+    (SHARES, [True], None), (SHARES, 0.5, None), (SHARES, ["0"], None),
+    (str, "a", "a"), (str, 1, None), (bool, True, True), (bool, 1, None),
+    (int, 0, 0), (int, 7, 7), (int, -1, None), (int, True, None), (int, 1.0, None),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("kind", "value", "made"), FIELDS)
+def test_fields_of_a_task_file(kind: Any, value: Any, made: Any) -> None:
+    if made is None:
+        with pytest.raises(ConfigError, match=r"^own\.toml: x.* must be "):
+            definitions._convert(kind, value, "own.toml: x")
+    else:
+        found = definitions._convert(kind, value, "own.toml: x")
+        assert found == made and repr(found) == repr(made)
+
+
+def test_files_of_tasks_at_their_limits(tmp_path: pathlib.Path) -> None:
+    """As few samples and digits as may be, and one distractor less than there are other numbers; what is liked."""
+    file = tmp_path / "own.toml"
+    few = needle("samples = 4", "samples = 1").replace(b"digits = 4", b"digits = 1")
+    file.write_bytes(few.replace(b"distractors = 9", b"distractors = 8"))
+    loaded = load_task(str(file))
+    assert isinstance(loaded, Needle) and (loaded.samples, loaded.digits, loaded.distractors) == (1, 1, 8)
+    for distractors, refused in ((b"89", False), (b"90", True)):
+        two = needle("digits = 4", "digits = 2").replace(b"distractors = 9", b"distractors = " + distractors)
+        file.write_bytes(two)
+        with pytest.raises(ConfigError, match="fewer than the 90 ") if refused else contextlib.nullcontext():
+            load_task(str(file))
+    file.write_text('like = "arithmetic"\nmax_tokens = 1')
+    found, arithmetic = task(str(file)), task("arithmetic")
+    assert found == dataclasses.replace(arithmetic, name="own", max_tokens=1) and arithmetic.max_tokens > 1
+    assert pathlib.Path(found.source) == pathlib.Path(definitions.__file__).parent / "arithmetic.jsonl"
+    file.write_text('like = "ptb"\nsource = "rows.txt"')
+    assert task(str(file)).source == str(tmp_path / "rows.txt")
+    (tmp_path / "piqa.toml").write_text('like = "piqa"')
+    for name, text, line in (
+        ("piqa", 'like = "piqa"', "like='piqa' must be another of"),
+        ("own", 'like = "x"', "like='x' must be another of"),
+        ("own", 'like = "arithmetic"\nprompt = ["a", "b"]', "needs one prompt"),
+        ("own", 'like = "arithmetic"\nmetrics = ["f1", "x"]', "metrics='x' must be some of"),
+        ("own", 'like = "wikitext2"\ndocuments = "("', "is not a regular expression"),
+    ):
+        (tmp_path / f"{name}.toml").write_text(text)
+        with pytest.raises(ConfigError, match=line):
+            load_task(str(tmp_path / f"{name}.toml"))
+    (tmp_path / "own.txt").write_text('like = "piqa"')
+    with pytest.raises(ConfigError, match="is not a task; use"):
+        load_task(str(tmp_path / "own.txt"))
+
+
+ROW = {"q": "Q", "a": "1", "n": 2, "c": ["x", "yy"], "none": None, "b": True, "f": 1.5}
+CHOICES = Task("own", "multiple_choice", prompt=("{q}:",), choices=("c",), answer="a")
+BUILT: list[tuple[Task, dict[str, Any], Any]] = [  # a task, what differs in ROW; (pairs, answer, lengths), or the line
+    (CHOICES, {}, ([("Q:", " x"), ("Q:", " yy")], 1, (1, 2))),
+    (dataclasses.replace(CHOICES, choices=("{q}", "{n}", "{f}")), {},
+     ([("Q:", f" {t}") for t in ("Q", "2", "1.5")], 1, (1, 1, 3))),
+    (dataclasses.replace(CHOICES, prompt=("{q}1", "{q}2"), choices=("{n}",)), {"a": 0},
+     ([("Q1", " 2"), ("Q2", " 2")], 0, ())),
+    (dataclasses.replace(CHOICES, prompt=("{q}1", "{q}2")), {}, ([("Q1", " x"), ("Q2", " yy")], 1, ())),
+    (dataclasses.replace(CHOICES, answer_names=("z", "Q")), {"a": "Q"}, ([("Q:", " x"), ("Q:", " yy")], 1, (1, 2))),
+    (dataclasses.replace(CHOICES, answer_names=("z", "Q")), {"a": "0"}, ([("Q:", " x"), ("Q:", " yy")], 0, (1, 2))),
+    (dataclasses.replace(CHOICES, substitutions=(("x", "vw"), ("Q", ""))), {},
+     ([(":", " vw"), (":", " yy")], 1, (2, 2))),
+    (CHOICES, {"a": "2"}, "a='2' must be the number of a choice, 0 to 1$"),
+    (dataclasses.replace(CHOICES, answer_names=("z",)), {"a": "no"}, "0 to 1, or one of z"),
+    (CHOICES, {"c": ["x"]}, "1 prompts and 1 choices|two at least"),
+    (CHOICES, {"c": ["x", ""]}, "choice 1 is empty"),
+    (CHOICES, {"c": "x"}, "c holds str; it must be a list of texts"),
+    (CHOICES, {"c": ["x", True]}, "column 'c' holds bool, not text"),
+    (CHOICES, {"q": True}, "column 'q' holds bool, not text"),
+    (dataclasses.replace(CHOICES, prompt=("1", "2", "3")), {}, "3 prompts and 2 choices must be as many"),
+    (dataclasses.replace(CHOICES, prompt=("{none}",)), {}, "there is no 'none'"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("own", "row", "built"), BUILT)
+def test_choices_of_a_row(own: Task, row: dict[str, Any], built: Any) -> None:
+    own = dataclasses.replace(own, optional={name: (name,) for name in ROW})
+    if isinstance(built, str):
+        with pytest.raises(ConfigError, match=built):
+            build_examples(own, [("row", ROW | row)])
+    else:
+        assert build_examples(own, [("row", ROW | row)]) == [Example("row", *built)]
+
+
+def test_classes_are_the_same_in_all_rows() -> None:
+    own = dataclasses.replace(CHOICES, kind="classification", columns={name: (name,) for name in ("q", "a", "c")})
+    rows = [("row", ROW), ("row", ROW | {"c": ["x", "y", "z"]})]
+    assert len(build_examples(own, [rows[0], rows[0]])) == 2
+    with pytest.raises(ConfigError, match="own has rows with 2 and with 3 choices"):
+        build_examples(own, rows)
+    assert len(build_examples(dataclasses.replace(own, kind="multiple_choice"), rows)) == 2
+
+
+def test_right_answers_of_a_row() -> None:
+    own = Task("own", "generate", prompt=("{q}:",), answer="a", columns={"q": ("q",)}, optional={"a": ("b", "a")})
+
+    def references(right: Any, **change: Any) -> tuple[str, ...]:
+        (example,) = build_examples(dataclasses.replace(own, **change), [("row", {"q": "Q", "a": right})])
+        assert example == Example("row", [], prompt="Q:", references=example.references)
+        return example.references
+
+    assert references(7) == ("7",) and references("x") == ("x",) and references(["x", "", 2]) == ("x", "", "2")
+    assert references("x", answer="{a}{q}") == ("xQ",)
+    assert references(["x"], substitutions=(("x", "y"),)) == ("y",)
+    for empty in (" ", ["", " "], []):
+        with pytest.raises(ConfigError, match="a is empty; an answer needs some text"):
+            references(empty)
+
+
+def test_documents_of_rows() -> None:
+    """Without a pattern each row is one; blank ones are none, and words are counted as the harness does."""
+    own = Task("own", "perplexity", text="t", columns={"t": ("t",)}, substitutions=(("a", "bb"),))
+    rows = [("one", {"t": "a ü\n"}), ("two", {"t": " "}), ("three", {"t": "c"})]
+    assert build_examples(own, rows) == [
+        Example("one", [("", "bb ü\n")], words=3, num_bytes=5),
+        Example("three", [("", "c")], words=1, num_bytes=1),
+    ]
+    joined = build_examples(dataclasses.replace(own, documents="(?m)^c"), rows)
+    assert joined == [
+        Example("own document 1", [("", "bb ü\n ")], words=3, num_bytes=6),
+        Example("own document 2", [("", "c")], words=1, num_bytes=1),
+    ]
+    with pytest.raises(ConfigError, match=r"^two has no text, nor have rows after it; own needs words"):
+        build_examples(own, rows[1:2])
 
 
 def results(*scores: float, greedy: bool = False, tokens: int = 3) -> list[Result]:

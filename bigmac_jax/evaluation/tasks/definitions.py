@@ -117,7 +117,7 @@ def _read(path: pathlib.Path) -> dict[str, Any]:
     if like not in TASKS or like == path.stem:
         raise ConfigError(f"{path.name}: like={like!r} must be another of {', '.join(TASKS)}")
     liked = _read(_FOLDER / f"{like}.toml")
-    if (source := liked.get("source", "tfds:")) and not source.startswith("tfds:"):
+    if (source := liked.get("source")) and not source.startswith("tfds:"):
         liked["source"] = str(_FOLDER / source)  # beside that file, not beside this one
     return liked | values
 
