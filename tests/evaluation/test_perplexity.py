@@ -102,6 +102,7 @@ def test_score_by_hand() -> None:
     """Four tokens of a quarter each: 8 bits over 2 words and 8 bytes."""
     score = Score.from_sums(nll=4 * math.log(4), tokens=4, words=2, num_bytes=8)
     assert score == pytest.approx((math.log(4), 4.0, 16.0, 1.0, 4, 2, 8))
+    assert Score.from_sums(4 * math.log(4), 4, 1, 1) == pytest.approx((math.log(4), 4.0, 256.0, 8.0, 4, 1, 1))
     fields = ("loss", "perplexity", "word_perplexity", "bits_per_byte", "tokens", "words", "bytes")
     assert tuple(score._asdict()) == fields
 

@@ -37,6 +37,52 @@ def test_a_rate_is_never_nought(
     assert capsys.readouterr().err.endswith(f" windows, {max(seconds, 2)} s, {said}\n")
 
 
+@pytest.mark.parametrize(
+    ("seconds", "initial", "count", "total", "said"),
+    [
+        (10, 0, 100, 200, "50% of 200 us, 10 s, 10 a second, 10 s left"),
+        (10, 0, 95, 200, "48% of 200 us, 10 s, 9.5 a second, 11 s left"),
+        (10, 0, 10, 15, "67% of 15 us, 10 s, 1 a second, 5 s left"),
+        (10, 0, 8, 18, "44% of 18 us, 10 s, 1.2 s each, 12 s left"),
+        (10, 5, 10, 15, "100% of 15 us, 10 s, 1 a second"),
+        (1, 0, 5, 10, "50% of 10 us, 1 s"),
+        (1.5, 0, 6, 0, "6 us, 2 s, 4 a second"),
+        (10, 3, 0, 9, "33% of 9 us, 10 s"),
+    ],
+)  # fmt: skip
+def test_a_line_by_hand(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, seconds: float, initial: int, count: int,
+    total: int, said: str,
+) -> None:  # fmt: skip
+    """The rate is of what was done here; it is said from a second on."""
+    now = 100.0
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now)
+    with Progress("t", total, "u", initial=initial) as bar:
+        now += seconds
+        bar.update(count)
+    assert capsys.readouterr().err == f"t: {said}\n"
+
+
+def test_lines_come_every_half_a_minute_and_from_the_delay_on(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was said is not said again at the end."""
+    now = 100.0
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now)
+    lines = []
+    with Progress("t", 9, "u") as bar:
+        for seconds in (30, 1, 30, 31):
+            now += seconds
+            bar.update()
+            lines.append(capsys.readouterr().err.partition(",")[0])
+    assert lines == ["", "t: 22% of 9 us", "", "t: 44% of 9 us"] and capsys.readouterr().err == ""
+    for seconds in (4.5, 5):
+        with Progress("t", 9, "u", delay=5) as bar:
+            now += seconds
+            bar.update()
+        assert bool(capsys.readouterr().err) == (seconds == 5)
+
+
 def test_what_is_waited_for_is_said(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """Plain lines after a while; nothing where it is short; on a terminal a line at once, which is gone afterwards."""
     with Waiting("compiling"), Waiting("reading", silent=True):

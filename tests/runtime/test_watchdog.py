@@ -1,6 +1,8 @@
 """What the watch concludes from what processes tell: a store in memory, and clocks that are set."""
 
 import json
+import os
+import pathlib
 import sys
 import time
 
@@ -228,6 +230,18 @@ def test_seconds_add_up(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_the_process_started_before_its_modules() -> None:
     assert 0 < time.monotonic() - process_start() < 24 * 3600
+
+
+def test_when_the_process_started_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
+    """50 s after the machine did, which is up for 80.5; now, where the system tells nothing of it."""
+    ticks = 50 * os.sysconf("SC_CLK_TCK")
+    files = {"/proc/self/stat": f"7 (a) b) S {' '.join(['3'] * 18)} {ticks} 9 9", "/proc/uptime": "80.5 700\n"}
+    monkeypatch.setattr(pathlib.Path, "read_text", lambda path: files[str(path)])
+    monkeypatch.setattr(time, "monotonic", lambda: 1000.0)
+    assert process_start() == 1000 - 30.5
+    for text in ("7 (a) S 3", f"7 (a) S {' '.join(['x'] * 30)}"):
+        files["/proc/self/stat"] = text
+        assert process_start() == 1000
 
 
 def test_where_an_error_was_raised_is_told_only_by_whose_it_is(
