@@ -20,6 +20,7 @@ from bigmac_jax.config.section import all_field_types, flat_values
 from bigmac_jax.model.mesh import make_mesh
 from bigmac_jax.runtime import environment, hosts, signals, storage, watchdog
 from bigmac_jax.runtime.clock import clock, process_start
+from bigmac_jax.runtime.kept_programs import keep_programs
 
 CPU_DEVICES = flags.DEFINE_integer("cpu_devices", 0, "Run on this many simulated CPU devices.", lower_bound=0)
 OVERRIDES: list[str] = []  # what the command line gave as --config.a.b=value
@@ -125,8 +126,7 @@ def warn(lines: Iterable[str]) -> None:
 def enter_mesh(config: Config, fit_batch: bool = True) -> jax.sharding.Mesh:
     """Makes the config's mesh the current one, and keeps compiled programs in config.cache_dir, unless
     $JAX_COMPILATION_CACHE_DIR says where."""
-    if not jax.config.jax_compilation_cache_dir:
-        jax.config.update("jax_compilation_cache_dir", str(storage.locate(config.cache_dir, "cache_dir") / "programs"))
+    keep_programs(config.cache_dir)
     with clock.timed("devices"):
         mesh = make_mesh(config, fit_batch)
     idle = set(range(jax.process_count())) - {device.process_index for device in mesh.devices.flat}
