@@ -1,5 +1,6 @@
 """Every bad configuration is one line that says the rule and the values, and nothing else is ever raised."""
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -31,6 +32,8 @@ from bigmac_jax.config import (
     with_overrides,
 )
 from bigmac_jax.config.blocks import Loop, Stack
+from bigmac_jax.config.errors import near_divisors, near_ranks
+from bigmac_jax.config.objects import parse_object, seal, unseal
 from bigmac_jax.config.reading import retrained
 from bigmac_jax.config.reads import unread_for
 from bigmac_jax.config.resuming import RATES_MAY_CHANGE, drop_notes
@@ -924,6 +927,47 @@ def test_evaluation_on_a_tensor_axis_is_not_held_to_the_training_batch() -> None
     assert with_mesh(trained, ["mesh.tensor=2"]).mesh.tensor == 2
     with pytest.raises(ConfigError, match=r"data\.sequence_length=20 must be a multiple of mesh\.tensor=3"):
         with_mesh(trained, ["mesh.tensor=3"])
+
+
+def test_divisors_that_are_near() -> None:
+    """The next below, or the number itself, and the next above."""
+    cases = {(12, 5): "4 or 6", (12, 4): "4 or 6", (12, 12): "12", (12, 99): "12", (7, 0): "1", (1, 1): "1",
+             (16, 5): "4 or 8", (36, 5): "4 or 6", (36, 7): "6 or 9", (36, 1): "1 or 2"}  # fmt: skip
+    assert {case: near_divisors(*case) for case in cases} == cases
+    ranks = {(12, 8): "4", (12, 2): "2", (9, 2): "1 or 3", (35, 6): "5 or 7"}
+    assert {case: near_ranks(*case) for case in ranks} == ranks
+
+
+def test_a_line_has_an_end() -> None:
+    assert len(str(ConfigError("x" * 2000))) == 2000
+    assert str(ConfigError("x" * 2001)) == "x" * 2000 + "…" and str(ConfigError(" a\nb ")) == "a b"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (f'{{"a": {"[" * 63}{"]" * 63}}}', ""),
+        (f'{{"a": {"[" * 64}{"]" * 64}}}', "nested too deeply"),
+        (f'{{"a": [{", ".join(["[]"] * 99)}]}}', ""),
+        (f'{{"a": {"9" * 20}}}', ""),
+        (f'{{"a": {"9" * 21}}}', "an integer of 21 digits"),
+        (f'{{"a": -{"9" * 20}}}', "an integer of 21 digits"),
+        ("\ufeff{}", ""),
+        ("[]", "it is a JSON list, no object"),
+    ],
+)
+def test_objects_at_their_limits(text: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message) if message else contextlib.nullcontext():
+        assert parse_object(text) == parse_object(text.encode()) == json.loads(text.removeprefix("\ufeff"))
+
+
+def test_a_seal_notices_a_change() -> None:
+    """Whatever the order of what was sealed."""
+    sealed = seal({"a": 1, "b": [2]})
+    assert unseal(dict(reversed(sealed.items()))) == {"a": 1, "b": [2]}
+    for changed in ({"a": 2}, {"c": 1}, {"seal": "x"}):
+        with pytest.raises(ValueError, match="it has changed since it was written"):
+            unseal(sealed | changed)
 
 
 def test_results_have_no_nan() -> None:

@@ -1,6 +1,7 @@
 """What a user means who misspells a name, calls it as elsewhere, or spells a value otherwise: 60 cases by a table."""
 
 import dataclasses
+import math
 import pathlib
 import random
 import re
@@ -265,8 +266,113 @@ def test_nothing_is_guessed_where_nothing_is_wrong(monkeypatch: pytest.MonkeyPat
         (FieldType(float), "1/4", "0.25"), (FieldType(float), "25%", "0.25"), (FieldType(float), "1/0", ""),
         (FieldType(float), "1 k/8", "125"), (FieldType(float), "many", ""), (FieldType(float), "0.1/3", "0.0333333"),
         (FieldType(float, range=Range(may_be_inf=True)), "none", "inf"), (FieldType(float), "none", ""),
+        (FieldType(int), "300%", "3"), (FieldType(int), "k", ""), (FieldType(float), "2/x", ""),
         (FieldType(int, range=Range(least=0)), "off", "0"), (FieldType(int, range=Range(least=1)), "off", ""),
     ],
 )  # fmt: skip
 def test_numbers_that_may_be_meant(field: FieldType, text: str, meant: str) -> None:
     assert field.ask(text) == (f"; did you mean {meant}?" if meant else "")
+
+
+@pytest.mark.parametrize(
+    ("limits", "good", "bad"),
+    [
+        (Range(least=1), (1, 1.0, 2, 10**9), (0.999, 0, math.inf, -math.inf, math.nan)),
+        (Range(above=0), (1e-300, 1), (0, -1, math.inf)),
+        (Range(below=1), (0.999, -5), (1, 2, math.inf)),
+        (Range(least=0, below=1), (0, 0.5), (1, -0.001)),
+        (Range(), (-5, 0, 5), (math.nan, math.inf, -math.inf)),
+        (Range(may_be_inf=True), (math.inf, 0), (math.nan,)),
+        (Range(least=1, may_be_inf=True), (math.inf, 1), (0.5, -math.inf)),
+    ],
+)
+def test_limits_of_numbers(limits: Range, good: tuple[float, ...], bad: tuple[float, ...]) -> None:
+    for value in good:
+        limits.check("x", value)
+    for value in bad:
+        with pytest.raises(ConfigError, match=f"^x={re.escape(str(value))} must be "):
+            limits.check("x", value)
+
+
+def test_what_limits_are_called() -> None:
+    limits = [Range(), Range(least=1), Range(above=0.5), Range(least=0, below=1), Range(least=1, may_be_inf=True)]
+    assert [str(of) for of in limits] == ["", "at least 1", "above 0.5", "at least 0 and below 1", "at least 1"]
+    kinds = FieldType(int), FieldType(float), FieldType(float, ("auto",)), FieldType(int, ("auto",)), FieldType(bool)
+    assert [str(kind) for kind in kinds] == ["int", "float", "float or auto", "int", "bool"]
+
+
+INT = FieldType(int, range=Range(least=1))
+NO_LIMIT = FieldType(float, range=Range(least=0, may_be_inf=True))
+
+
+@pytest.mark.parametrize(
+    ("kind", "value", "held"),
+    [
+        (FieldType(int), 2**31 - 1, 2**31 - 1), (FieldType(int), 2**31, None), (FieldType(int), 1 - 2**31, 1 - 2**31),
+        (FieldType(int), -(2**31), None), (FieldType(int), 1e3, 1000), (FieldType(int), 1.5, None),
+        (FieldType(int), True, None), (FieldType(int), "1", None), (FieldType(int, ("auto",)), "auto", "auto"),
+        (FieldType(float), 10**300, 1e300), (FieldType(float), 10**300 + 1, None), (FieldType(float), 1, 1.0),
+        (FieldType(float), "inf", None), (NO_LIMIT, "inf", math.inf), (FieldType(float), True, None),
+        (FieldType(bool), True, True), (FieldType(bool), 1, None), (FieldType(str), "x", "x"),
+        (FieldType(str), 1, None),
+        (FieldType(str, ("a", "b")), "b", "b"), (FieldType(str, ("a", "b")), "c", None), (INT, 1, 1), (INT, 0, None),
+        (FieldType(int), 10**25, None),
+    ],
+)  # fmt: skip
+def test_what_a_field_holds(kind: FieldType, value: Any, held: Any) -> None:
+    if held is None:
+        with pytest.raises(ConfigError, match=r"^x="):
+            kind.check("x", value)
+    else:
+        found = kind.check("x", value)
+        assert found == held and type(found) is type(held)
+
+
+def test_large_numbers_are_shown_as_far_as_they_can_be() -> None:
+    for value, shown in (
+        (10**25, "x=10000000000000000000… (26 digits) "),
+        (1 << 4094, "(1233 digits) "),
+        (1 << 4095, "x=(4096 bits) "),
+    ):
+        with pytest.raises(ConfigError) as error:
+            FieldType(int).check("x", value)
+        assert shown in str(error.value)
+
+
+def test_how_a_command_line_is_read() -> None:
+    good = (int, "1e3", 1000), (int, "7", 7), (float, "1e-3", 0.001), (bool, "false", False), (str, "1", "1")
+    for kind, text, value in good:
+        assert FieldType(kind).parse(text) == value and type(FieldType(kind).parse(text)) is kind
+    assert FieldType(float, ("auto",)).parse("auto") == "auto"
+    for kind, text in ((int, "1.5"), (int, "x"), (float, "x"), (bool, "x")):
+        with pytest.raises(ValueError, match=r"\S"):
+            FieldType(kind).parse(text)
+
+
+def test_names_that_are_near() -> None:
+    """The group that was named counts, and so do words that are all there."""
+    known = ["a.top_k", "b.top_k", "a.num_layers", "b.num_heads", "c"]
+    assert naming.nearest("a.topk", known) == ["a.top_k"] and naming.nearest("topk", known) == ["a.top_k", "b.top_k"]
+    assert naming.nearest("c.topk", known) == ["a.top_k", "b.top_k"]
+    known.append("a.size_of_all_experts")
+    assert naming.nearest("a.size", known) == naming.nearest("size", known) == ["a.size_of_all_experts"]
+    assert naming.nearest("b.size", known) == naming.nearest("a.size_x", known) == []
+    assert naming.nearest("zzz", known) == naming.nearest("x", []) == []
+
+
+@pytest.mark.parametrize(
+    ("text", "choices", "meant"),
+    [
+        ("A-B", ("ab", "abc"), ["ab"]), ("", ("", "ab"), []), ("layer norm", ("layer", "block"), ["layer"]),
+        ("best", ("best_fit", "stream"), ["best_fit"]), ("best", ("best_fit", "best_of"), ["best_of"]),
+        ("strem", ("best_fit", "stream"), ["stream"]), ("ab12", ("ab1x", "ab2x"), ["ab1x"]),
+        ("zz", ("best_fit", "stream"), []), ("x", (), []),
+    ],
+)  # fmt: skip
+def test_words_that_are_near(text: str, choices: tuple[str, ...], meant: list[str]) -> None:
+    assert naming.nearest_choice(text, choices)[:1] == meant
+
+
+def test_at_most_three_are_asked_back() -> None:
+    assert naming.question(["a", "b", "c", "d"], "--") == "did you mean --a or --b or --c?"
+    assert naming.question([]) == ""

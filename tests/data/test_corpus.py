@@ -12,9 +12,9 @@ from bigmac_jax.config import ConfigError, DataConfig
 from bigmac_jax.data import sotu as sotu_module
 from bigmac_jax.data import splits
 from bigmac_jax.data.corpus import JoinedDocuments, join_fingerprints, open_documents
-from bigmac_jax.data.documents import Documents, ReadCounts
+from bigmac_jax.data.documents import WHOLE, Documents, ReadCounts
 from bigmac_jax.data.local_files import find_files
-from bigmac_jax.data.splits import choose_split, hold_out, text_key
+from bigmac_jax.data.splits import HeldOut, choose_split, hold_out, text_key
 
 SPLITS = ("train", "validation", "test")
 
@@ -194,6 +194,46 @@ def test_few_documents_are_held_out_by_a_share_of_the_text(tmp_path, caplog, cou
 def test_few_documents_are_a_thousand(count):
     held, line = hold_out(((str(i), 1) for i in range(count)), ("validation", "test"))
     assert (held.few is None) == (count > 1000) == line.startswith("1 in 20 documents each for validation and test")
+
+
+def test_documents_that_are_held_out_by_hand() -> None:
+    """Of 100 characters 5 each, in the order of keys; copies count for their text, and training keeps a document."""
+    splits = ("validation", "test")
+    held, line = hold_out([("d", 3), ("c", 2), ("b", 2), ("a", 92), ("d", 1)], splits)
+    assert held.few == {"a": "train", "b": "validation", "c": "validation", "d": "test"}
+    assert line == (
+        "held out are 2 of 4 documents, 4.0% of the text, for validation; 1 of 4 documents, 4.0% of the text, for test"
+    )
+    # Where none is near, the smallest; of equal ones the first.
+    held, _ = hold_out([("a", 40), ("b", 30), ("d", 20), ("c", 20)], splits)
+    assert held.few == {"a": "train", "b": "train", "c": "validation", "d": "test"}
+    held, _ = hold_out([(key, 1) for key in "cab"], splits)
+    assert held.few == {"a": "validation", "b": "test", "c": "train"}
+    held, _ = hold_out([(key, 1) for key in "ba"], ("test",))
+    assert held.few == {"a": "test", "b": "train"}
+    # Many equal ones: a twentieth each, rounded to what is nearer.
+    held, _ = hold_out([(f"{i:03}", 1) for i in range(50)], splits)
+    assert held.few and [list(held.few.values()).count(split) for split in splits] == [2, 2]
+
+
+def test_ends_that_are_held_out_by_hand() -> None:
+    """Of the longest copy; the last split has what is left."""
+    held, line = hold_out([("k", 100), ("k", 99)], ("validation", "test"))
+    assert held.sizes == {"k": 100} and line == "the text's end is held out: 5% for validation, 5% for test"
+    held = HeldOut(("validation", "test"), sizes={text_key("x"): 1000})
+    assert [held.portion("x", split) for split in SPLITS] == [(0, 900), (900, 950), (950, None)]
+    held = HeldOut(("test",), sizes={text_key("x"): 1000})
+    assert [held.portion("x", split) for split in ("train", "test")] == [(0, 950), (950, None)]
+    assert hold_out([("k", 1), ("l", 2)], ("test", "validation"))[1].startswith("the end of each of 2 documents is")
+    assert HeldOut(()).portion("x", "test") == WHOLE
+
+
+def test_a_documents_key_and_split_stay() -> None:
+    """Or what was held out of a run's text would be trained on by the next one."""
+    assert text_key("x") == "2d711642b726b04401627ca9fbac32f5"
+    held = {year: choose_split(year) for year in range(1790, 1850) if choose_split(year) != "train"}
+    assert {year for year, split in held.items() if split == "test"} == {1810, 1816, 1847}
+    assert {year for year, split in held.items() if split == "validation"} == {1802, 1820, 1840, 1842, 1849}
 
 
 @pytest.mark.parametrize("count", [1, 2])
