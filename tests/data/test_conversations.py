@@ -14,12 +14,13 @@ import numpy as np
 import pytest
 
 from bigmac_jax.config import Config, ConfigError, DataConfig, ModelConfig, TrainConfig, TuningConfig
+from bigmac_jax.data import chat_template as module
 from bigmac_jax.data.batch import NO_TARGET, PADDING
-from bigmac_jax.data.chat_template import DEFAULT, Chat, ChatError
+from bigmac_jax.data.chat_template import DEFAULT, Chat, ChatError, PromptLimit
 from bigmac_jax.data.conversations import Conversations
 from bigmac_jax.data.pipeline import TrainIterator, count_targets, eval_batches, open_stream
 from bigmac_jax.data.splits import hold_out, text_key
-from bigmac_jax.data.tokenizer import ByteTokenizer, JsonTokenizer, Tokenizer, train_bpe
+from bigmac_jax.data.tokenizer import ByteTokenizer, JsonTokenizer, Tokenizer, TooLongError, train_bpe
 
 EOS = 256
 TURNS = [
@@ -146,10 +147,64 @@ def test_a_template_without_marks_is_cut_where_its_answers_are(tmp_path: pathlib
         ("{% for m in messages %}<|im_start|>{{ m.content }}{% endfor %}", ()),
         ("<|im_start|>{{ messages[0].content }}<|im_end|>", ()),  # shows no answer
         ("{{ raise_exception('no system') }}", ()),
+        # What opens an answer ends none; of several the first, unless that is the end of text.
+        ("{% for m in messages %}{{ m.content }}{% endfor %}{% if add_generation_prompt %}<|im_start|>{% endif %}", ()),
+        ("{% for m in messages %}{{ m.content }}!<|im_end|><|im_start|>{% endfor %}", ("<|im_end|>",)),
+        ("{% for m in messages %}{{ m.content }}{{ eos_token }}<|im_end|>{% endfor %}", ()),
     ],
 )
 def test_the_token_that_ends_an_answer(template: str, stop: tuple[str, ...]) -> None:
     assert Chat(bpe(), template).stop == stop
+
+
+def test_a_template_is_rendered_as_transformers_does() -> None:
+    """Blocks take their line's indentation and end with them; loops may be left; JSON is not escaped for HTML."""
+    lines = ("  {% for m in messages %}", "  {% if loop.index == 2 %}", "  {% break %}", "  {% endif %}",
+             "  {{ m.content | tojson }}{{ bos_token }}|", "{% endfor %}", "{{ pad_token }}")  # fmt: skip
+    messages = [{"role": "user", "content": text} for text in ("<é>", "b", "c")]
+    chat = Chat(ByteTokenizer(), "\n".join(lines))
+    assert [piece.text for piece in chat.pieces(messages, prompt=True)] == ['  "<é>"|\n<|endoftext|>']
+    special = {"bos_token": "<|im_start|>", "pad_token": "<unknown>", "eos_token": "<|im_end|>"}
+    chat = Chat(bpe(), "{{ bos_token }}{{ eos_token }}{{ pad_token }}", special)
+    assert chat._special == {"bos_token": "<|im_start|>", "eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"}
+    with pytest.raises(ConfigError, match="the chat template is not Jinja"):
+        Chat(bpe(), "{% for %}")
+    assert module._to_json({"a": ["é"]}, indent=1) == '{\n "a": [\n  "é"\n ]\n}'
+
+
+def test_a_tokenizer_of_another_kind_is_cut_at_its_end_of_text() -> None:
+    """Which SentencePiece decodes to nothing."""
+
+    class Other(Tokenizer):
+        vocab_size, eos_id, fingerprint = 300, 256, "other"
+        name = ""
+
+        def _encode_pieces(self, texts: Any) -> Any:
+            return [list(text.encode()) for text in texts]
+
+        def decode(self, ids: Any) -> str:
+            return self.name if list(ids) == [256] else bytes(ids).decode()
+
+    for Other.name, end in (("", "</s>"), ("<e>", "<e>")):
+        chat = Chat(Other(), "{{ messages[0].content }}{{ eos_token }}b{{ eos_token }}")
+        assert chat.end == end and chat.prompt([{"role": "user", "content": "a"}]) == [97, 256, 98, 256]
+        assert chat.encode_batch(["", f"a{end}"]) == [[], [97, 256]]
+
+
+def test_a_prompt_at_its_limit() -> None:
+    """As many messages as tokens, as many bytes as they can be at most, as many tokens as that."""
+    chat = Chat(ByteTokenizer(), "{% for m in messages %}{{ m.content }}{% endfor %}")
+    for count in (2, 3):
+        messages = [{"role": "user", "content": "ab"}] * count
+        assert chat.prompt(messages, PromptLimit(2 * count)) == [*b"ab"] * count
+        for most in (2 * count - 1, count - 1):
+            with pytest.raises(TooLongError) as error:
+                chat.prompt(messages, PromptLimit(most))
+            assert error.value.most == most
+    widest = len("<|endoftext|>")  # bytes of a token
+    assert chat.pieces([{"role": "user", "content": "x" * 2 * widest}], limit=PromptLimit(2))
+    with pytest.raises(TooLongError):
+        chat.pieces([{"role": "user", "content": "x" * (2 * widest + 1)}], limit=PromptLimit(2))
 
 
 def test_marked_and_unmarked_templates_agree() -> None:
