@@ -9,7 +9,7 @@ import time
 import pytest
 
 from bigmac_jax.runtime.clock import Clock, process_start
-from bigmac_jax.runtime.watchdog import Watchdog
+from bigmac_jax.runtime.watchdog import Watchdog, _join, _Peer
 
 TIMEOUT = 100.0
 
@@ -201,6 +201,84 @@ def test_who_has_ended_is_not_missed(job: Job) -> None:
 def test_a_large_job_beats_slowly() -> None:
     jobs = ((2, 2), (120, 2), (20, 256), (600, 8))
     assert [Watchdog(timeout, Store(), 0, count).beat for timeout, count in jobs] == [1.0, 5.0, 4.0, 5.0]
+
+
+def test_how_long_silence_is_borne() -> None:
+    """A beat and a look less than the timeout; two beats at least, and five seconds."""
+    jobs = ((100, 2), (20, 2), (6, 2), (5, 2), (600, 2), (10, 640))
+    assert [Watchdog(timeout, Store(), 0, count)._silence for timeout, count in jobs] == [94.5, 18.5, 5, 5, 594.5, 20]
+
+
+def test_how_long_a_phase_is_borne() -> None:
+    for timeout, long in ((100, 1000), (60, 600), (20, 600)):
+        watch = Watchdog(timeout, Store(), 0, 2)
+        assert [watch._patience(phase) for phase in ("steps", "data wait", "save", "")] == [
+            timeout,
+            timeout,
+            long,
+            long,
+        ]
+
+
+def test_the_processor_is_busy_from_a_fifth_of_a_beat_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a phase that is no step; of a beat of five seconds more than one."""
+    used, now = [0.0], [1000.0]
+    monkeypatch.setattr(time, "process_time", lambda: used[0])
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    clock = Clock()
+    clock.begin("save")
+    watch = Watchdog(TIMEOUT, Store(), 0, 2, clock)
+    assert watch.beat == 5
+    idle = []
+    for busy in (1.0, 1.01, 0.5):
+        used[0], now[0] = used[0] + busy, now[0] + 20
+        idle.append(json.loads(watch._state())["idle"])
+    assert idle == [20, 0, 20]
+    clock.phase, clock.last_tick, now[0] = "steps", 1000.0, 1100.04
+    used[0] += 50
+    state = json.loads(watch._state())
+    assert state["idle"] == 100 and (state["step"], state["started"], state["ended"], state["error"]) == (
+        0,
+        0,
+        False,
+        "",
+    )
+    assert state["pid"] == os.getpid() and state["beat"] == 0
+
+
+def test_at_most_three_processes_are_named() -> None:
+    peers = [_Peer(i) for i in range(5)]
+    assert [_join(peers[:n]) for n in (1, 2, 3, 4, 5)] == [
+        "process 0", "process 0 and process 1", "process 0 and process 1 and process 2",
+        "process 0, process 1, process 2 and 1 more",
+        "process 0, process 1, process 2 and 2 more",
+    ]  # fmt: skip
+
+
+def test_where_a_process_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its step, its phase unless that is of a step, and what it is a part of."""
+    peer = _Peer(3)
+    told = {"pid": 7, "host": "here", "step": 0, "phase": "", "of": ["replica 1"]}
+    wheres = []
+    for change in ({}, {"phase": "compile"}, {"step": 4, "phase": "steps"}, {"step": 4, "phase": "save", "of": []}):
+        peer.state = told | change
+        wheres.append(str(peer))
+    assert wheres == [
+        "process 3 (7 on here, replica 1, start)", "process 3 (7 on here, replica 1, compile)",
+        "process 3 (7 on here, replica 1, step 4)", "process 3 (7 on here, step 4, save)",
+    ]  # fmt: skip
+    peer.state = {}
+    assert (str(peer), peer.started, peer.phase, peer.ended, peer.died()) == ("process 3", 0, "", False, False)
+    monkeypatch.setattr(time, "monotonic", lambda: peer.heard_at + 4)
+    peer.state = {"idle": 3.0}
+    assert peer.idle() == 7 and peer.silent() == 4
+    peer.state = {"idle": 3.0, "ended": True}
+    assert peer.idle() == float("inf")
+    before = peer.heard_at
+    peer.hear('{"step": 1}')
+    assert peer.heard_at == before + 4 and peer.state == {"step": 1}
+    peer.hear('{"step": 1}')  # the same again is no sign of life
+    assert peer.heard_at == before + 4
 
 
 def test_seconds_add_up(monkeypatch: pytest.MonkeyPatch) -> None:
