@@ -248,7 +248,7 @@ def test_a_wrong_gradient_of_all_devices_is_seen(monkeypatch: pytest.MonkeyPatch
         part_checks.check_training(two())
 
 
-@pytest.mark.parametrize("losses", [[2.0, 2.0, 2.0], [3.0, math.nan, 2.0]])
+@pytest.mark.parametrize("losses", [[2.0, 2.0, 2.0], [2.0, 3.0, 2.5], [3.0, 2.5, 3.5], [3.0, math.nan, 2.0]])
 def test_a_loss_that_does_not_fall_is_seen(monkeypatch: pytest.MonkeyPatch, losses: list[float]) -> None:
     monkeypatch.setattr(part_checks, "train", lambda *args: (losses, 1.0))
     with pytest.raises(MismatchError, match="it should fall"):
@@ -523,7 +523,7 @@ class Exact:
     """In place of what checks run on devices, of their references, and of `jax.vjp`: what is given to each is kept."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, expected: dict[str, Any]):
-        self._expected = expected
+        self._expected, self.devices = expected, jax.devices()[5:7]
         for name, value in {
             "run_on_each": self.run_on_each,
             "compare": self.compare,
@@ -533,7 +533,7 @@ class Exact:
             monkeypatch.setattr(part_checks, name, value)
 
     def run_on_each(self, mesh: Any, dtype: str, on_rank: Any, *trees: Any) -> Any:
-        assert mesh.devices.flatten().tolist() == two()
+        assert mesh.devices.flatten().tolist() == self.devices
         self.dtype, self.trees = dtype, trees
         return on_rank(*trees)
 
@@ -573,7 +573,7 @@ def test_what_experts_are_given(dropless: bool, dtype: str, monkeypatch: pytest.
         return 2 * rows
 
     monkeypatch.setattr(part_checks, "grouped_mlp", mlp)
-    assert part_checks.check_experts(two(), dropless, dtype) == "fine"
+    assert part_checks.check_experts(exact.devices, dropless, dtype) == "fine"
     given, expert = exact.trees
     w = {name: given[name] for name in weights}
     assert {name: value.shape for name, value in given.items()} == shapes and expert.dtype == np.int32
@@ -583,6 +583,8 @@ def test_what_experts_are_given(dropless: bool, dtype: str, monkeypatch: pytest.
                         ("w_out_eFR", 256**-0.5)):  # fmt: skip
         assert np.std(given[name].astype(np.float64)) == pytest.approx(scale, rel=0.1), name
     assert (given["x"] != given["dy"]).any()
+    # All processes draw the same.
+    np.testing.assert_array_equal(given["x"], np.random.default_rng(0).standard_normal((N, R)).astype(given["x"].dtype))
     if dropless:  # two thirds of the first choices fall on expert 1; none is of 4 or 7, and e is no expert's here
         first, second = (np.bincount(column, minlength=e + 1) for column in expert.T)
         assert first.tolist() == [0, 128, 0, 64, 0, 0, 0, 0, 0] and expert[:4, 0].tolist() == [3, 1, 1, 3]
@@ -608,7 +610,7 @@ def test_what_experts_are_given(dropless: bool, dtype: str, monkeypatch: pytest.
 
 def test_what_attention_is_given(monkeypatch: pytest.MonkeyPatch) -> None:
     exact, called = Exact(monkeypatch, {"expected": 1}), list[Any]()
-    exact.gradients = "dq", "dk", "dv"
+    exact.gradients = "of q", "of k", "of v"
 
     def attention(*qkv: Any, implementation: str) -> str:
         called.append(qkv)
@@ -616,7 +618,7 @@ def test_what_attention_is_given(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(part_checks, "causal_attention", attention)
     for dtype in ("float32", "bfloat16"):
-        assert part_checks.check_attention(two(), "cudnn", dtype) == "fine"
+        assert part_checks.check_attention(exact.devices, "cudnn", dtype) == "fine"
         (given,) = exact.trees
         assert {name: value.shape for name, value in given.items()} == {
             "q": (1, 320, 4, 64), "dy": (1, 320, 4, 64), "k": (1, 320, 2, 64), "v": (1, 320, 2, 64),
@@ -627,9 +629,11 @@ def test_what_attention_is_given(monkeypatch: pytest.MonkeyPatch) -> None:
             called.pop(), exact.arguments, (given["q"], given["k"], given["v"]), strict=True
         ))  # fmt: skip
         assert exact.dy is given["dy"] and not exact.given
+        drawn = np.random.default_rng(1).standard_normal((1, 320, 4, 64))  # in all processes
+        np.testing.assert_array_equal(given["q"], drawn.astype(given["q"].dtype))
         named = {"q_BLNH": given["q"], "k_BMGH": given["k"], "v_BMGH": given["v"], "dy_BLNH": given["dy"]}
         assert exact.named.keys() == named.keys() and all(exact.named[name] is named[name] for name in named)
-        assert exact.actual == {"y": "cudnn", "dq": "dq", "dk": "dk", "dv": "dv"}
+        assert exact.actual == {"y": "cudnn", "dq": "of q", "dk": "of k", "dv": "of v"}
         assert (exact.expected, exact.bound) == ({"expected": 1}, BOUND_OF[dtype])
 
 
@@ -667,10 +671,12 @@ def test_what_decoding_is_given(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(part_checks, "numpy_reference", types.SimpleNamespace(attention=reference))
     monkeypatch.setattr(part_checks, "paged_attention", attend)
-    assert part_checks.check_decoding(two(), "float32") == "fine" and exact.bound == 3e-5
+    assert part_checks.check_decoding(exact.devices, "float32") == "fine" and exact.bound == 3e-5
     (given, table, position) = exact.trees
     assert exact.dtype == "float32" and {value.dtype for value in given.values()} == {np.dtype("float32")}
-    assert table.dtype == position.dtype == np.int32 and given["q"].shape == (4, 4, 128)
+    assert table.dtype == position.dtype == np.int32
+    drawn = np.random.default_rng(1).standard_normal((4, 4, 128))
+    np.testing.assert_array_equal(given["q"], drawn.astype(np.float32))
     assert exact.actual.keys() == exact.expected.keys() == {"y"} and exact.actual["y"].shape == (4, 4, 128)
     np.testing.assert_allclose(exact.actual["y"], exact.expected["y"], rtol=1e-5, atol=1e-6)
 
@@ -689,17 +695,24 @@ def test_what_exchanges_are_given(
         found = numpy_reference.moe(w, x.reshape(-1, 64), dy.reshape(-1, 64), 3)
         kept["w"] = w
         y, dx = (found[of].reshape(x.shape) for of in ("y", "dx"))
+        kept["y"] = y = y.copy()
         return {"y": y, "dx": dx + kept["off"] * np.abs(dx).max(), "drops": np.float32(kept["drops"])}
+
+    def compare(actual: Any, expected: Any, bound: float) -> str:
+        assert actual["y"] is not expected["y"] and actual["y"].base is kept["y"]
+        return on_devices.compare(actual, expected, bound)
 
     configs: list[Any] = []
     tiny = part_checks.tiny_config
     monkeypatch.setattr(part_checks, "execute", execute)
     monkeypatch.setattr(part_checks, "tiny_config", lambda *a, **k: configs.append(tiny(*a, **k)) or configs[-1])
-    assert part_checks.check_exchange(jax.devices()[:devices], name) == "within 0e+00"
+    monkeypatch.setattr(part_checks, "compare", compare)
+    chosen = jax.devices()[3 : 3 + devices]
+    assert part_checks.check_exchange(chosen, name) == "within 0e+00"
     (config,) = configs
     assert (config.execution.exchange, config.execution.grouped_matmul) == (name, "blocks")
     mesh, (_, x, dy) = kept["mesh"], kept["given"]
-    assert (mesh.shape["node"], mesh.shape["expert"], mesh.size) == (*sizes, devices)
+    assert (mesh.shape["node"], mesh.shape["expert"]) == sizes and mesh.devices.flatten().tolist() == chosen
     assert (kept["dtype"], kept["ragged"]) == ("float32", name == "ragged")
     assert kept["specs"][1:] == (token_spec(3), token_spec(3))
     assert x.shape == dy.shape == (devices, 16, 64) and x.dtype == dy.dtype == np.float32
@@ -710,10 +723,11 @@ def test_what_exchanges_are_given(
         assert value.dtype == np.float32 and np.std(value) == pytest.approx(value.shape[-2] ** -0.5, rel=0.1)
     kept["off"] = 1e-4
     with pytest.raises(MismatchError, match=r"dx is off by 1"):
-        part_checks.check_exchange(jax.devices()[:devices], name)
+        part_checks.check_exchange(chosen, name)
+    np.testing.assert_array_equal(kept["given"][1], x)  # all processes draw the same
     kept.update(off=0.0, drops=0.5)
     with pytest.raises(MismatchError, match=r"50.0% of the choices"):
-        part_checks.check_exchange(jax.devices()[:devices], name)
+        part_checks.check_exchange(chosen, name)
 
     def layer(x: Any, evaluating: bool) -> tuple[Any, Any]:
         assert evaluating
@@ -733,10 +747,12 @@ def test_the_norm_on_all_devices_is_that_on_one(monkeypatch: pytest.MonkeyPatch)
     asked: list[tuple[Any, ...]] = []
 
     def train(config: Any, devices: Any, steps: int = 3) -> tuple[list[float], float]:
-        asked.append((config.mesh.expert, config.model.num_experts, config.data.batch_size, len(devices), steps))
-        return [3.0, 2.5, 2.25], norms[len(devices)]
+        asked.append((config.mesh.expert, config.model.num_experts, config.data.batch_size, devices, steps))
+        return [3.0, 3.5, 2.25], norms[len(devices)]
 
     monkeypatch.setattr(part_checks, "train", train)
+    local = types.SimpleNamespace(local_devices=lambda backend: {"cpu": jax.devices()[5:]}[backend])
+    monkeypatch.setattr(part_checks, "jax", local)
     for norm, good in ((2.0, True), (2.00019, True), (1.99981, True), (2.00021, False), (1.99979, False)):
         norms = {1: 2.0, 2: norm}
         asked.clear()
@@ -745,19 +761,22 @@ def test_the_norm_on_all_devices_is_that_on_one(monkeypatch: pytest.MonkeyPatch)
         else:
             with pytest.raises(MismatchError, match=r"and 2\.000000 on one of them"):
                 part_checks.check_training(two())
-        assert asked == [(2, 8, 2, 2, 3), (1, 8, 2, 1, 1)]
+        assert asked == [(2, 8, 2, two(), 3), (1, 8, 2, [jax.devices()[5]], 1)]
+    monkeypatch.setattr(part_checks, "NORM_BOUND", 0.5)
+    norms = {1: 2.0, 2: 3.0}
+    part_checks.check_training(two())  # as far as the bound is near enough
     norms = {1: math.nan}
     assert part_checks.check_training(two()[:1]) == "loss 3.000 → 2.250"  # there is no other to compare with
-    assert asked[2:] == [(1, 8, 1, 1, 3)]
+    assert asked[4:] == [(1, 8, 1, two()[:1], 3)]
 
 
 def test_three_steps_of_training(monkeypatch: pytest.MonkeyPatch) -> None:
     """One batch of random tokens; losses of all steps, and the norm of the first."""
-    config, steps = on_devices.tiny_config(2), list[Any]()
+    config, steps, devices = on_devices.tiny_config(2), list[Any](), jax.devices()[3:5]
 
     class Trainer:
         def __init__(self, *given: Any) -> None:
-            assert given[0] is config and given[1].devices.flatten().tolist() == two()
+            assert given[0] is config and given[1].devices.flatten().tolist() == devices
             self.step = types.SimpleNamespace(lower=lambda *given: given)
 
         def init(self, key: Any) -> int:
@@ -782,9 +801,9 @@ def test_three_steps_of_training(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(part_checks, "compile_program", compile_program)
     placed: list[Any] = []
     monkeypatch.setattr(part_checks, "place", lambda batch, spec: placed.append((batch, spec)) or batch)
-    assert part_checks.train(config, two()) == ([100.0, 101.0, 102.0], 1000.0)
+    assert part_checks.train(config, devices) == ([100.0, 101.0, 102.0], 1000.0)
     assert steps == [(100, 0.5), (101, 1.5), (102, 2.5)]
-    assert part_checks.train(config, two(), steps=1) == ([100.0], 1000.0)
+    assert part_checks.train(config, devices, steps=1) == ([100.0], 1000.0)
     batch, spec = placed[0]
     tokens = np.random.default_rng(3).integers(264, size=(2, 17), dtype=np.int32)
     np.testing.assert_array_equal(batch.inputs_BL, tokens[:, :-1])
