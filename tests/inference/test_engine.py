@@ -332,6 +332,9 @@ def test_the_program_that_prompts_fill(unread: list[tuple[int, int]], expected: 
     ]
     of: Any = SimpleNamespace(shards=2, _row_size=16, _widths=(1, 4, 16), _running=SimpleNamespace(items=lambda: jobs))
     assert Engine._choose_width(of) == expected
+    four: Any = SimpleNamespace(prompt=range(64))
+    of._widths, of._running = (1, 4, 5), SimpleNamespace(items=lambda: [(four, SimpleNamespace(shard=1, read=0))])
+    assert Engine._choose_width(of) == 4
 
 
 @pytest.mark.parametrize(

@@ -13,9 +13,11 @@ SAMPLING = Sampling(max_tokens=9, temperature=0.7, top_k=5, top_p=0.8, seed=2**3
 
 
 def unpacked(rows: list[np.ndarray], tokens: int) -> Any:
-    with on_mesh(tiny()):
-        found = jax.jit(unpack_rows, static_argnums=1)(split_batch(np.stack(rows)[None]), tokens)
-        return jax.tree.map(lambda v: np.asarray(v)[0].tolist(), found)
+    """Those of the second of two shards."""
+    with on_mesh(tiny((2, 1, 1))):
+        packed = split_batch(np.stack([np.zeros_like(rows), rows]))
+        found = jax.jit(unpack_rows, static_argnums=1)(packed, tokens)
+        return jax.tree.map(lambda v: np.asarray(v)[1].tolist(), found)
 
 
 def test_rows_of_prompts() -> None:
@@ -45,13 +47,13 @@ def test_slots_have_no_tokens() -> None:
 def test_what_was_sampled() -> None:
     draw = np.random.default_rng(0)
     given = Sampled(
-        draw.integers(0, 99, (1, 3)).astype(np.int32), draw.standard_normal((1, 3)).astype(np.float32),
-        draw.integers(0, 99, (1, 3, 4)).astype(np.int32), draw.standard_normal((1, 3, 4)).astype(np.float32),
+        draw.integers(0, 99, (2, 3)).astype(np.int32), draw.standard_normal((2, 3)).astype(np.float32),
+        draw.integers(0, 99, (2, 3, 4)).astype(np.int32), draw.standard_normal((2, 3, 4)).astype(np.float32),
     )  # fmt: skip
-    counts = np.asarray([[1, 0, 2]], np.int32)
-    with on_mesh(tiny()):
+    counts = np.asarray([[1, 0, 2], [3, 1, 0]], np.int32)
+    with on_mesh(tiny((2, 1, 1))):
         packed = jax.jit(pack_sampled)(Sampled(*map(split_batch, given)), split_batch(counts))
-        assert packed.shape == (1, 3, 3 + 2 * 4) and packed.dtype == np.int32
+        assert packed.shape == (2, 3, 3 + 2 * 4) and packed.dtype == np.int32
         count, found = read_sampled(packed)
     assert count.tolist() == counts.tolist()
     for out, value in zip(found, given, strict=True):

@@ -33,7 +33,7 @@ from bigmac_jax.run.loop import train
 from bigmac_jax.training import manifest
 from bigmac_jax.training.bad_steps import RunError
 from bigmac_jax.training.checkpoint import Checkpoints
-from bigmac_jax.training.checkpoint_arrays import DamagedError, write_checksums
+from bigmac_jax.training.checkpoint_arrays import DamagedError, _describe_damage, find_nonfinite, write_checksums
 from bigmac_jax.training.metrics import MetricsWriter
 from bigmac_jax.training.step import TrainState
 from bigmac_jax.training.workdir import read_config, write_config
@@ -669,3 +669,59 @@ def test_a_run_on_a_full_disk(
     run(config, small_disk / "run")
     chex.assert_trees_all_equal(arrays(config, small_disk / "run"), arrays(config, finished))
     assert losses(small_disk / "run") == losses(finished)
+
+
+def test_items_that_are_removed_are_no_longer_in_the_manifest(tmp_path: pathlib.Path) -> None:
+    """A save of which the experts alone are left is stripped; of a damaged manifest nobody knows."""
+    for name in ("model/a", "model/d/b", "optimizer/a", "experts/a"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(b"x")
+    manifest.write(tmp_path)
+    assert manifest.list_items(tmp_path) == {"model", "optimizer", "experts"} and not manifest.is_stripped(tmp_path)
+    manifest.remove_items(tmp_path, ("model", "optimizer"))
+    manifest.remove_items(tmp_path, ("model", "optimizer"))  # asked again
+    assert manifest.list_items(tmp_path) == {"experts"} and manifest.is_stripped(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["experts", "manifest.json"]
+    assert manifest.find_damage(tmp_path) is None
+    (tmp_path / "manifest.json").write_text("{")
+    assert manifest.list_items(tmp_path) == set() and not manifest.is_stripped(tmp_path)
+
+
+def test_small_files_are_read_up_to_64_kib(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of arrays have a digest up to there, and the quick check reads no larger one."""
+    digest, read = manifest._digest, list[str]()
+    monkeypatch.setattr(manifest, "_digest", lambda path: (read.append(path.name), digest(path))[1])
+    (tmp_path / "d").mkdir()
+    for name, size in {"d/1": 65_536, "d/2": 65_537, "3": 65_536, "4": 65_537}.items():
+        (tmp_path / name).write_bytes(bytes(size))
+    manifest.write(tmp_path)
+    assert sorted(read) == ["1", "3", "4"]
+    read.clear()
+    assert manifest.find_damage(tmp_path, thorough=False) is None and sorted(read) == ["1", "3"]
+
+
+@pytest.mark.parametrize(
+    ("message", "store", "expected"),
+    [
+        ("DATA_LOSS: Error reading \"params.w/c/0/1\": Digest mismatch", True, "params.w has changed (CRC-32C)"),
+        ("NOT_FOUND: Error reading \"params.w/c\": gone", True, "params.w cannot be read (NOT_FOUND: "),
+        ("UNAVAILABLE: Error reading \"params.w/c\"", False, "params.w cannot be read (UNAVAILABLE: "),
+        ("UNAVAILABLE: Error reading \"params.w/c\"", True, ""),  # of the store, which may come back
+        ("DATA_LOSS: no name", False, "an array cannot be read (DATA_LOSS: no name)"),
+        ("a DATA_LOSS: inside", False, ""), ("OS: too short", False, ""),
+        ("DATA_LOSS: " + 300 * "x", False, f"an array cannot be read (DATA_LOSS: {189 * 'x'})"),
+    ],
+)  # fmt: skip
+def test_what_a_read_says_of_damage(message: str, store: bool, expected: str) -> None:
+    """By the error, or by one that it has come from, however deep."""
+    error = ValueError(message)
+    outer, outermost = RuntimeError("read failed"), KeyError("item")
+    outer.__cause__, outermost.__context__ = error, outer
+    for raised in (error, outer, outermost):
+        found = _describe_damage(raised, store)
+        assert found.startswith(expected) if expected.endswith(": ") else found == expected
+
+
+def test_the_first_array_that_is_not_finite_is_named() -> None:
+    tree = {"a": jnp.ones(2), "b": {"c": jnp.asarray([1.0, jnp.inf]), "d": jnp.asarray([jnp.nan, 1.0])}}
+    assert find_nonfinite(tree) == "b.c" and find_nonfinite({"a": tree["a"]}) == ""

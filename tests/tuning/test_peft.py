@@ -2,6 +2,7 @@
 
 import dataclasses
 import pathlib
+from typing import Any
 
 import jax
 import numpy as np
@@ -17,7 +18,7 @@ from bigmac_jax.model.adapters import attached, make_adapters, merged
 from bigmac_jax.model.parameters import named_leaves
 from bigmac_jax.training.restore import Restored
 from bigmac_jax.training.step import split_model
-from bigmac_jax.tuning.peft import _find_places, export_adapters
+from bigmac_jax.tuning.peft import _depth, _find_places, _Place, _settings, export_adapters
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers", minversion="5.24")
@@ -125,3 +126,28 @@ def test_what_no_adapter_says(before: dict, now: dict, message: str, tmp_path: p
     with pytest.raises(ConfigError, match=rf"^--format=peft: {message}.*; export the whole model with --format=auto$"):
         export_adapters(run, tmp_path / "adapters", plain, lambda: base)
     assert not list(tmp_path.iterdir())
+
+
+def place(module: str, parameter: str = "", whole: bool = False, parts: int = 1) -> Any:
+    return _Place(module, parameter, whole, (None,) * parts)  # type: ignore[arg-type]
+
+
+def test_parameters_of_one_module_are_wrapped_in_their_order() -> None:
+    """The last in the class is outermost."""
+    order = ["weight", "gate_up_proj", "up_proj", "gate_proj", "down_proj"]
+    places = [place("a", name) for name in reversed(order)] + [place("b"), place("c", "down_proj")]
+    assert [_depth(of, places) for of in places] == [0, 1, 2, 3, 4, 0, 0]
+
+
+def test_adapter_config() -> None:
+    config = tiny()
+    tuning = dataclasses.replace(config.tuning, lora_rank=3, lora_alpha=6.0)
+    config = dataclasses.replace(config, tuning=tuning, train=dataclasses.replace(config.train, init_from="base"))
+    places = [place("m.q"), place("m.in", parts=5), place("m.experts", "up_proj", parts=2), place("m.out", whole=True)]
+    found = _settings(config, places)
+    assert (found["r"], found["lora_alpha"], found["base_model_name_or_path"]) == (3, 6.0, "base")
+    assert found["rank_pattern"] == {r"m\.in": 15, r"m\.experts\.up_proj": 6}
+    assert found["alpha_pattern"] == {r"m\.in": 30.0, r"m\.experts\.up_proj": 12.0}
+    assert (found["target_modules"], found["target_parameters"]) == (["m.q", "m.in"], ["m.experts.up_proj"])
+    assert (found["lora_dropout"], found["fan_in_fan_out"], found["inference_mode"]) == (0.0, False, True)
+    assert found["modules_to_save"] == ["m.out"] and _settings(config, places[:3])["modules_to_save"] is None

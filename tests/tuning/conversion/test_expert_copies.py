@@ -1,6 +1,7 @@
 """Experts that are copies compute what the model did."""
 
 import itertools
+import math
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,7 @@ from model.tools import on_mesh, random_model, some, tiny
 
 from bigmac_jax.config import Config, ConfigError
 from bigmac_jax.model.parameters import named_leaves
-from bigmac_jax.tuning.conversion import upcycle, widen
+from bigmac_jax.tuning.conversion import expert_copies, upcycle, widen
 
 DENSE: dict[str, dict[str, Any]] = {
     "gated": {"gated": True},
@@ -91,3 +92,62 @@ def test_noise_makes_copies_differ() -> None:
 def test_refusals(fields: dict[str, Any], change: Any, match: str) -> None:
     with pytest.raises(ConfigError, match=match):
         change(tiny(**fields), None)
+
+
+@pytest.mark.parametrize(("scores", "bias"), [("softmax", 0.5), ("sigmoid", 1.5)])
+def test_noise_is_of_the_matrices_and_of_their_size(scores: str, bias: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A tenth of each one's root mean square, another for each copy; a bias that is added to a softmax is divided."""
+    draw = np.random.default_rng(1).standard_normal
+    leaves = {
+        "embedding_VD": draw((9, 8)), "layers.mlp.router_DE": 3 * draw((2, 8, 4)),
+        "layers.mlp.router_bias_E": np.full((2, 4), 1.5), "layers.mlp.router_logit_bias_E": np.full((2, 4), 2.5),
+        "layers.mlp.experts.w_in_eRF": 5 * draw((2, 4, 8, 30)), "layers.mlp.experts.b_in_eF": draw((2, 4, 6)),
+        "layers.mlp.shared.up.w_DF": draw((2, 8, 6)),
+    }  # fmt: skip
+    leaves = {name: value.astype(np.float32) for name, value in leaves.items()}
+    monkeypatch.setattr(expert_copies, "named_leaves", lambda model: leaves)
+    monkeypatch.setattr(expert_copies, "rebuild_model", lambda config, model, given: given if model is None else {})
+    config = tiny(router_scores=scores, num_experts=4, top_k=2)
+    found: Any = widen(config, None, 3, 0.1)[1]  # type: ignore[arg-type]
+    assert found.keys() == leaves.keys() - {"embedding_VD", "layers.mlp.shared.up.w_DF"}
+    for name, axis in (("router_DE", 2), ("experts.w_in_eRF", 1)):
+        before = leaves[f"layers.mlp.{name}"]
+        copies = found[f"layers.mlp.{name}"]
+        change = copies - np.repeat(before, 3, axis)
+        assert copies.shape[axis] == 12 and abs(change.mean()) < 0.02 * before.std()
+        assert np.sqrt(np.square(change).mean() / np.square(before).mean()) == pytest.approx(0.1, rel=0.12)
+        assert not np.allclose(np.take(change, 0, axis), np.take(change, 1, axis))
+    np.testing.assert_array_equal(
+        found["layers.mlp.experts.b_in_eF"], np.repeat(leaves["layers.mlp.experts.b_in_eF"], 3, 1)
+    )
+    assert found["layers.mlp.router_bias_E"].tolist() == [[bias] * 12] * 2
+    assert found["layers.mlp.router_logit_bias_E"].tolist() == [[2.5] * 12] * 2
+    exact: Any = widen(config, None, 2, 0.0)[1]  # type: ignore[arg-type]
+    router = leaves["layers.mlp.router_DE"]
+    np.testing.assert_array_equal(exact["layers.mlp.router_DE"], np.repeat(router, 2, 2))
+    again: Any = widen(config, None, 3)[1]  # type: ignore[arg-type]
+    size = np.sqrt(np.square(again["layers.mlp.router_DE"] - np.repeat(router, 3, 2)).mean() / np.square(router).mean())
+    assert size == pytest.approx(0.01, rel=0.2)  # by default
+
+
+@pytest.mark.parametrize(
+    ("scores", "renormalize", "scale"),
+    [("softmax", False, 2.0), ("softmax", True, 2.0), ("sigmoid", True, 2.0), ("sigmoid", False, 0.5)],
+)
+def test_gates_of_copies_sum_to_the_old_one(scores: str, renormalize: bool, scale: float) -> None:
+    config = tiny(router_scores=scores, router_renormalize=renormalize, router_scale=2.0, num_shared_experts=1)
+    m = expert_copies.widened(config, 4).model
+    assert (m.num_experts, m.top_k, m.router_scale, m.expert_hidden_size) == (32, 12, scale, config.model.expert_width)
+
+
+def test_an_upcycled_model_is_as_dense_as_it_was() -> None:
+    """What a dense model does not read is set so that its copies compute what it does."""
+    unread = {"router_renormalize": False, "router_scale": 2.0, "num_shared_experts": 2, "capacity_factor": 1.25,
+              "overflow": "next", "num_expert_groups": 2, "top_groups": 2}  # fmt: skip
+    given = tiny(structure="dense", **unread)
+    m = expert_copies.upcycled(given, 6, 2).model
+    assert (m.num_experts, m.top_k, m.expert_hidden_size) == (6, 2, given.model.expert_width)
+    set_to = {"router_renormalize": True, "router_scale": 1.0, "num_shared_experts": 0, "capacity_factor": math.inf,
+              "overflow": "drop", "latent_norm": "none", "num_expert_groups": 1, "top_groups": 1,
+              "first_dense_layers": 0}  # fmt: skip
+    assert {name: getattr(m, name) for name in set_to} == set_to

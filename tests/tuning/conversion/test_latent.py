@@ -3,6 +3,7 @@
 import itertools
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from interchange.tools import our_logits
@@ -10,7 +11,8 @@ from model.tools import on_mesh, random_model, some, tiny
 
 from bigmac_jax.config import Config, ConfigError, ModelConfig
 from bigmac_jax.data.batch import Batch, batch_from_windows
-from bigmac_jax.tuning.conversion import narrow
+from bigmac_jax.model import layers
+from bigmac_jax.tuning.conversion import latent, narrow
 from bigmac_jax.tuning.conversion.calibration import ExpertInputs
 from bigmac_jax.tuning.conversion.latent import fit_layer
 
@@ -139,3 +141,58 @@ def test_an_expert_without_tokens_keeps_the_layers_solution() -> None:
 def test_refusals(fields: dict[str, Any], ratio: float, match: str) -> None:
     with pytest.raises(ConfigError, match=match):
         narrow(tiny(**fields), None, [], ratio)  # type: ignore[arg-type]
+
+
+def test_the_algebra_by_hand() -> None:
+    square = np.array([[2.0, 0.0], [0.0, 8.0]])
+    np.testing.assert_allclose(latent._add_ridge(square, 0.1), [[2.5, 0.0], [0.0, 8.5]])  # a tenth of the mean
+    turn = np.array([[0.6, -0.8], [0.8, 0.6]])
+    np.testing.assert_allclose(latent._power(turn @ square @ turn.T, -0.5), turn @ np.diag([2**-0.5, 8**-0.5]) @ turn.T)
+    kept, lost = latent._principal(turn @ square @ turn.T, 1)
+    np.testing.assert_allclose(np.abs(kept), np.abs(turn[:, 1:]))
+    assert lost == pytest.approx(0.2) and latent._principal(square, 2)[1] == 0.0
+    assert latent._principal(np.diag([-1.0, 3.0, 1.0]), 1)[1] == pytest.approx(0.25)  # of rounding, none is below zero
+    three, _ = latent._principal(np.diag([5.0, 7.0, 6.0]), 2)
+    np.testing.assert_allclose(np.abs(three), [[0, 0], [1, 0], [0, 1]])  # the largest first
+    assert (latent._RIDGE, latent._OWN_RIDGE) == (1e-6, 1e-2)
+    a, b = np.array([[1.0, 1.0], [0.0, 2.0]]), np.array([[3.0], [4.0]])
+    ridge = 0.01 * (1 + 5) / 2
+    expected = np.linalg.inv([[1 + ridge, 1.0], [1.0, 5 + ridge]]) @ [[3.0], [11.0]]
+    np.testing.assert_allclose(latent._Fit(a).solve(b), expected)
+    assert latent._Fit(np.zeros((0, 2))).solve(np.zeros((0, 3))).tolist() == [[0.0] * 3] * 2
+
+
+@pytest.mark.parametrize("norm", ["layernorm", "rmsnorm"])
+@pytest.mark.parametrize("activation", ["relu2", "gelu", "silu"])
+@pytest.mark.parametrize("gated", [False, True])
+def test_an_expert_is_that_of_the_model(norm: str, activation: str, gated: bool) -> None:
+    """As the layers' own functions have it, biases too."""
+    m = ModelConfig(norm=norm, activation=activation, gated=gated, use_bias=True, norm_eps=0.5, structure="bigmac")
+    draw = np.random.default_rng(0).standard_normal
+    shapes = {"w_in_eRF": (2, 4, 6), "b_in_eF": (2, 6), "w_out_eFR": (2, 6, 4), "b_out_eR": (2, 4)}
+    shapes |= {"w_gate_eRF": (2, 4, 6), "b_gate_eF": (2, 6)} if gated else {}
+    w, x = {name: draw(shape) for name, shape in shapes.items()}, draw((5, 4))
+    up = x @ w["w_in_eRF"][1] + w["b_in_eF"][1]
+    gate = x @ w["w_gate_eRF"][1] + w["b_gate_eF"][1] if gated else None
+    expected = np.asarray(layers.activate(m, jnp.asarray(up), None if gate is None else jnp.asarray(gate)))
+    np.testing.assert_allclose(latent._hidden(m, w, 1, x), expected, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(latent._outputs(w, 1, expected), expected @ w["w_out_eFR"][1] + w["b_out_eR"][1])
+    w.update({name: np.zeros(shape) for name, shape in shapes.items() if name.startswith("b_")})
+    without = {name: value for name, value in w.items() if not name.startswith("b_")}
+    np.testing.assert_array_equal(latent._hidden(m, without, 1, x), latent._hidden(m, w, 1, x))
+    np.testing.assert_array_equal(latent._outputs(without, 1, expected), latent._outputs(w, 1, expected))
+    centred = x - x.mean(-1, keepdims=True) * (norm == "layernorm")
+    np.testing.assert_allclose(latent._normalize(x, m), centred / np.sqrt((centred**2).mean(-1, keepdims=True) + 0.5))
+
+
+def test_what_a_narrowed_model_keeps() -> None:
+    """The widths that it had, which down_ratio would change by itself."""
+    for fields in ({"num_shared_experts": 2}, {}, {"num_shared_experts": 2, "shared_expert_hidden_size": 7}):
+        before = tiny(num_layers=3, first_dense_layers=1, **FINE, **fields).model
+        after = latent.narrowed(tiny(num_layers=3, first_dense_layers=1, **FINE, **fields), 0.5, "skip").model
+        assert (after.structure, after.latent_size, after.latent_norm) == ("bigmac", 8, "skip")
+        for name in ("expert_width", "shared_width", "mlp_width", "expert_count"):
+            assert getattr(after, name) == getattr(before, name), name
+    assert latent.narrowed(tiny(**FINE), 1, "none").model.latent_size == 16
+    assert latent.narrowed(tiny(num_shared_experts=0, **FINE), 0.5, "none").model.shared_expert_hidden_size == 0
+    assert latent.narrowed(tiny(**FINE), 1 / 16, "none").model.latent_size == 1
