@@ -8,6 +8,7 @@ import time
 
 import pytest
 
+from bigmac_jax.runtime import watchdog
 from bigmac_jax.runtime.clock import Clock, process_start
 from bigmac_jax.runtime.watchdog import Watchdog, _join, _Peer
 
@@ -279,6 +280,140 @@ def test_where_a_process_is(monkeypatch: pytest.MonkeyPatch) -> None:
     assert peer.heard_at == before + 4 and peer.state == {"step": 1}
     peer.hear('{"step": 1}')  # the same again is no sign of life
     assert peer.heard_at == before + 4
+
+
+class Time:
+    """Which passes where one sleeps."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now, self.slept = 1000.0, list[float]()
+        monkeypatch.setattr(time, "monotonic", lambda: self.now)
+        monkeypatch.setattr(time, "sleep", self.sleep)
+
+    def sleep(self, seconds: float) -> None:
+        self.slept.append(seconds)
+        self.now += seconds
+
+
+@pytest.fixture
+def still(monkeypatch: pytest.MonkeyPatch) -> Time:
+    """Time that stands still, from before the job on."""
+    monkeypatch.setattr(time, "process_time", lambda: 0.0)
+    return Time(monkeypatch)
+
+
+def test_silence_at_its_limits(still: Time) -> None:
+    """Process 0 is missed after 94.5 s, after 10 where there is an error, and where two requests were lost."""
+    job = Job()
+    job.tell()
+    still.now += 94.5
+    assert job.line(1) == job.line(0) == ""
+    still.now += 0.1
+    assert "no sign of life for 95 s" in job.line(1) and "process 1 (" in job.line(0)
+    job.tell()
+    job.watches[1]._error, job.watches[2]._lost = "broken", 1
+    still.now += 10
+    assert job.line(1) == job.line(2) == ""
+    still.now += 0.1
+    assert job.line(1).endswith("has died") and job.line(2) == ""
+    job.watches[2]._lost = 2
+    assert job.line(2).endswith("has died")
+
+
+def test_what_is_behind_an_error_at_its_limits(still: Time) -> None:
+    """The error itself after 15 s, or who was silent for more than 10."""
+    for silent in (2, None):
+        job = Job()
+        job.tell()
+        job.watches[1]._error = "broken"
+        job.tell()
+        assert job.line() == ""
+        still.now += 10
+        assert job.line() == ""
+        for process in (1, 2):
+            if process != silent:
+                job.watches[0]._peers[process].heard_at = still.now
+        still.now += 4.9
+        assert job.line().endswith("has died") if silent else job.line() == ""
+        still.now += 0.1
+        assert silent or job.line() == "process 1 failed: broken"
+
+
+def test_no_progress_at_its_limit(still: Time) -> None:
+    job = Job()
+    still.now += TIMEOUT
+    job.tell()
+    assert job.line() == ""
+    still.now += 0.1
+    job.tell()
+    assert job.line().startswith("no step has ended for 100 s: all started step 7")
+
+
+def test_process_0_waits_for_the_others_when_it_ends(still: Time) -> None:
+    """Until they have ended or died, ten seconds at most, and tells and hears every tenth of a second."""
+    for ended, slept in (((1, 2), 0), ((1,), 100), ((), 100)):
+        job = Job()
+        job.tell()
+        for process in ended:
+            job.watches[process]._ended = True
+        job.tell()
+        job.watches[0]._threads, still.slept[:] = [], []
+        before = job.store.requests
+        job.watches[0].__exit__(None, None, None)
+        assert len(still.slept) == pytest.approx(slept, abs=1) and set(still.slept) <= {0.1}
+        assert job.store.requests - before == 2 * (1 + len(still.slept)) and job.watches[0]._closing.is_set()
+        job.watches[1]._threads, still.slept[:] = [], []
+        job.watches[1].__exit__(None, None, None)
+        assert not still.slept  # which others need not
+
+
+def test_process_0_stays_until_its_verdict_was_heard(still: Time, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two beats and a look; less where all others have ended, and no time in them."""
+    codes: list[int] = []
+    monkeypatch.setattr("os._exit", codes.append)
+    for me, ended, seconds in ((0, (), 10.5), (0, (1, 2), 0), (0, (1,), 10.5), (1, (), 0)):
+        job = Job()
+        for process in ended:
+            job.watches[process]._ended = True
+        job.tell()
+        still.slept[:] = []
+        job.watches[me]._end("a line")
+        assert sum(still.slept) == seconds and (job.watches[me]._verdict == "a line") == (me == 0)
+    assert codes == [3] * 4
+
+
+def test_requests_that_are_lost_are_counted_until_one_is_not(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+    watch, lost = job.watches[1], []
+    answers = iter([OSError, OSError, None, OSError])
+
+    def exchange() -> None:
+        if error := next(answers):
+            raise error
+
+    def wait(seconds: float) -> bool:
+        lost.append(watch._lost)
+        if len(lost) == 4:
+            watch._closing.set()
+        assert seconds == watch.beat
+        return False
+
+    monkeypatch.setattr(watch, "_exchange", exchange)
+    monkeypatch.setattr(watch._hurry, "wait", wait)
+    watch._talk()
+    assert lost == [1, 2, 0, 1]
+
+
+def test_a_job_of_several_processes_is_watched(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(watchdog.hosts, "coordination_store", Store)
+    monkeypatch.setattr(watchdog.jax, "process_index", lambda: 1)
+    monkeypatch.setattr(watchdog.jax, "process_count", lambda: 3)
+    for several, timeout, watched in ((True, 7, True), (True, 0, False), (False, 7, False)):
+        monkeypatch.setattr(watchdog.hosts, "is_distributed", lambda several=several: several)
+        watch = watchdog.watch_job(timeout)
+        assert isinstance(watch, Watchdog) == watched
+    monkeypatch.setattr(watchdog.hosts, "is_distributed", lambda: True)
+    assert {name: getattr(watchdog.watch_job(9), name) for name in ("_timeout", "_me")} == {"_timeout": 9, "_me": 1}
+    assert len(watchdog.watch_job(9)._peers) == 3  # type: ignore[attr-defined]
 
 
 def test_seconds_add_up(monkeypatch: pytest.MonkeyPatch) -> None:
