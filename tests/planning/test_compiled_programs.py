@@ -303,3 +303,31 @@ def test_advice_names_a_field_and_the_largest_arrays() -> None:
     nine = dataclasses.replace(remat, data=dataclasses.replace(made.data, batch_size=36))
     assert field_to_change(nine, 4) == "--config.train.accumulate_steps=3"
     assert "accumulate" not in field_to_change(nine, 36)
+
+
+@pytest.mark.parametrize(
+    ("name", "fields", "expected"),
+    [
+        ("step", ("execution.remat=none",), "--config.execution.remat=layer"),
+        ("step", (), "--config.train.accumulate_steps=6"),  # three sequences of a rank, in two parts already
+        ("evaluate", ("execution.remat=none",), "--config.train.accumulate_steps=6"),
+        ("evaluate", ("data.batch_size=32",), "--config.train.accumulate_steps=4"),
+        ("evaluate", ("data.batch_size=8",), "--config.mesh.fsdp=True"),
+        ("decode", (), "--config.mesh.fsdp=True"),
+        ("step", ("data.batch_size=8", "mesh.fsdp=True"), "--config.execution.offload_optimizer=True"),
+        ("evaluate", ("data.batch_size=8", "mesh.fsdp=True"), "--config.execution.offload_optimizer=True"),
+        ("step", ("data.batch_size=8", "mesh.fsdp=True", "execution.offload_optimizer=True"), "more ranks"),
+        ("decode", ("mesh.fsdp=True",), "more ranks"),
+    ],
+)
+def test_what_to_change_of_each_program(name: str, fields: tuple[str, ...], expected: str) -> None:
+    own = ("execution.remat=layer", "train.accumulate_steps=2", "data.batch_size=24", "mesh.fsdp=False")
+    config = load_config("tiny", (*own, *fields))
+    target = compiled_programs.Target([None] * 4)
+    assert compiled_programs._field_to_change(config, target, name).startswith(expected)
+
+
+def test_the_first_line_of_an_error() -> None:
+    assert topologies.first_line(ValueError("\n one\ntwo")) == "one"
+    assert topologies.first_line(ValueError("")) == "ValueError"
+    assert topologies.first_line(ValueError("x" * 301)) == "x" * 300

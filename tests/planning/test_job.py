@@ -9,7 +9,10 @@ from bigmac_jax.model import counts
 from bigmac_jax.planning.hardware import Hardware, Link
 from bigmac_jax.planning.job import (
     Job,
+    Times,
     attention_seconds,
+    exposed,
+    host_seconds,
     memory_seconds,
     optimizer_seconds,
     predict,
@@ -193,3 +196,110 @@ def test_stages_wait() -> None:
     plain = predict(job(stages=4, parts=8, ranks=4, tokens=4096), PLAIN)
     assert plain.bubble == pytest.approx(plain.computing * 3 / 8)
     assert predict(job(stages=4, parts=8, virtual=2, ranks=4, tokens=4096), PLAIN).bubble == plain.bubble / 2
+
+
+def test_what_a_job_does_not_say() -> None:
+    """One rank computes all, once, in 16 bits; nothing is sent, copied or hidden."""
+    given = {"shape": DENSE, "length": 16, "tokens": 1024, "ranks": 2}
+    ones = dict.fromkeys(("parts", "tensor", "stages", "virtual", "experts_over", "chunks"), 1)
+    floats = dict.fromkeys(("forward_passes", "to_logits", "padding", "imbalance"), 1.0)
+    false = dict.fromkeys(("split_experts", "eight_bit", "ours", "hides_sums"), False)
+    sent = ("exchange", "tensor_sent", "gathers", "gradients", "replicas", "hidden_exchange", "moments", "entered")
+    none = dict.fromkeys(("updated", "accumulated", *sent), 0.0)
+    others = {"dtype": "bfloat16", "grouped": True, "causal": True, "again": {}}
+    assert vars(Job(**given)) == given | ones | floats | false | none | others
+    of_times = dict.fromkeys(("matmul", "exchange", "gradients", "optimizer", "hidden", "tokens", "at_peak"), 1)
+    optional = ("tensor", "parameters", "attention", "memory", "bubble", "replicas", "hidden_sums", "host")
+    assert vars(Times(**of_times)) == of_times | dict.fromkeys((*optional, "at_peak_causal"), 0.0)
+
+
+def test_tokens_and_numbers_of_a_rank() -> None:
+    shared = job(ranks=8, tensor=4, stages=2, parts=16, tokens=3072)
+    assert (shared.of_a_rank, shared.at_a_time) == (384, 192)  # a sixteenth of the tokens of 8 ranks, which share them
+    assert [job(dtype=dtype).number for dtype in ("float32", "bfloat16")] == [4, 2]
+
+
+def test_what_follows_from_the_terms() -> None:
+    """Powers of two, each of a term of its own; what is hidden is no time of the step."""
+    names = ("matmul", "attention", "memory", "exchange", "tensor", "parameters", "gradients", "replicas", "optimizer",
+             "host", "bubble")  # fmt: skip
+    seconds = {name: 2.0**n for n, name in enumerate(names)}
+    times = Times(**seconds, hidden=5.0, hidden_sums=33.0, tokens=4096, at_peak=500.0, at_peak_causal=250.0)
+    total = sum(seconds.values()) - 38
+    found = times.as_dict()
+    assert times.computing == 1 + 2 + 4 and times.total == total == 2009
+    follows = {"total": total, "exchange_share": (8 - 5) / total, "tokens_per_s": 4096 / total, "mfu": 500 / total,
+               "mfu_causal": 250 / total}  # fmt: skip
+    assert found == seconds | {"hidden": 5.0, "hidden_sums": 33.0} | follows
+    shown = exposed(found)  # of the sums, gathers were a third and are hidden by as much
+    assert shown == seconds | {"exchange": 3.0, "parameters": 32 - 11.0, "gradients": 64 - 22.0}
+    assert sum(shown.values()) == total
+    assert exposed({"exchange": 3.0, "parameters": 2.0}) == dict.fromkeys(names, 0.0) | {
+        "exchange": 3.0,
+        "parameters": 2.0,
+    }
+    assert exposed({"hidden_sums": 7.0}) == dict.fromkeys(names, 0.0)
+
+
+def test_useful_flops_at_the_peak() -> None:
+    """Three forward passes of all tokens, on four ranks; that some are computed twice is no use."""
+    found = predict(job(MOE, ranks=4, forward_passes=2.0), PLAIN)
+    for at_peak, causal in ((found.at_peak, False), (found.at_peak_causal, True)):
+        assert at_peak == pytest.approx(3 * 1024 * MOE.flops(16, causal) / 4e12)
+    single = predict(job(MOE, ranks=4, dtype="float32"), PLAIN)
+    assert single.at_peak == pytest.approx(10 * found.at_peak) and found.tokens == 1024
+    sent = predict(job(DENSE, tensor_sent=1.0, replicas=2.0, gathers=3.0, gradients=4.0, exchange=5.0), PLAIN)
+    assert (sent.tensor, sent.replicas, sent.parameters, sent.gradients, sent.exchange) == (1, 2, 3, 4, 5)
+    assert (sent.hidden, sent.hidden_sums, sent.host) == (0, 0, 0)
+
+
+def test_copies_to_a_host() -> None:
+    """What enters layers goes there in the forward pass, a third of what is computed (a quarter where it is computed
+    again), and comes back in the rest; moments come and go beside nothing. Device memory is read and written twice."""
+    host = dataclasses.replace(PLAIN, host_bandwidth=1e3, memory_bandwidth=1e6)
+    assert host_seconds(job(), PLAIN, 1.0) == 0.0
+    assert host_seconds(job(moments=3e3), host, 9.0) == pytest.approx(2 * 3 + 2 * 3e-3)
+    for entered, waits in ((2e3, 0.0), (3e3, 1.0), (5e3, 3.0 + 1.0)):
+        found = host_seconds(job(entered=entered), host, 6.0)  # two seconds forward, four backward
+        assert found == pytest.approx(waits + 2 * entered / 1e6), entered
+    again = job(entered=3e3, moments=1e3, again={"passes": 1.0})
+    assert host_seconds(again, host, 8.0) == pytest.approx(2 + 1.0 + 8e-3)  # of 8 seconds two are forward
+    assert host_seconds(job(entered=3e3, forward_passes=2.0), host, 6.0) == pytest.approx(2 * 3e3 / 1e6)
+    assert predict(job(moments=3e3), host).host == pytest.approx(6 + 6e-3)
+
+
+def test_modules_for_the_next_token_are_layers_and_outputs() -> None:
+    """A layer of attention and of experts each, what joins two rows, and another product with the same table."""
+    two = dataclasses.replace(MOE, mtp=2)
+    longer = dataclasses.replace(
+        MOE, attention=dataclasses.replace(MOE.attention, layers=5), moe=dataclasses.replace(MOE.moe, layers=4)
+    )
+    assert two.passed_numbers(7) == longer.passed_numbers(7)
+    assert two.score_flops(16) == longer.score_flops(16)
+    joined, output = 2 * (2 * 32) * 32, 32 * 96
+    assert two.flops(16) == longer.flops(16) + 2 * joined + 2 * 2 * output
+    assert two.parameters() == longer.parameters() + joined and two.parameters("output") == 3 * output
+    assert dataclasses.replace(two, tied=True).parameters() == two.parameters() - output
+    plain = dataclasses.replace(MOE, moe=None, mlp=Dense())
+    assert plain.parameters() == plain.parameters("attention") + 2 * output
+    assert (plain.row, MOE.row, dataclasses.replace(MOE, moe=Experts(2, 16, 4, 24)).row) == (32, 8, 32)
+
+
+def test_passes_of_mamba_and_of_what_is_not_gated() -> None:
+    """A norm and a sum; the convolution and the scan read and write x, B and C; and the gated norm reads more."""
+    mamba = Shape(32, 96, Attention(0, 4), mamba=Mamba(2, heads=4, head_size=16, groups=3, state=8))
+    assert mamba.passed_numbers(7) == 2 * (5 * 32 + 4 * (64 + 2 * 3 * 8) + 6 * 64)
+    products = {(p.X, p.Y, p.times, p.matrices) for p in mamba.products() if p.part == "mamba"}
+    assert products == {(32, 2 * 64 + 2 * 3 * 8 + 4, 2, 2), (64, 32, 2, 2)}
+    assert (mamba.mamba.conv, mamba.mamba.chunk) == (4, 128)
+    single = dataclasses.replace(MOE, gated=False, moe=dataclasses.replace(MOE.moe, gate=1))
+    found = sorted((p.part, p.X, p.Y, p.times, p.matrices) for p in single.products())
+    assert found == sorted([
+        ("attention", 32, 32 + 32, 3, 3), ("attention", 32, 32, 3, 3), ("mlp", 32, 64, 1, 1), ("mlp", 64, 32, 1, 1),
+        ("router", 32, 16, 2, 2), ("experts", 8, 24, 8, 32), ("experts", 24, 8, 8, 32), ("shared", 32, 40, 2, 2),
+        ("shared", 40, 32, 2, 2), ("projections", 32, 8, 2, 2), ("projections", 8, 32, 2, 2),
+        ("projections", 32, 32, 2, 2), ("output", 32, 96, 1, 1),
+    ])  # fmt: skip
+    assert single.passed_numbers(7) == 3 * (5 * 32 + 2 * 48) + 5 * 32 + 2 * 64 + 2 * (
+        5 * 32 + 2 * 40 + 4 * (2 * 24 + 7 * 8) + 8
+    )

@@ -287,6 +287,21 @@ def test_numbers_as_people_read_them() -> None:
     assert [units.size(-5 * 2**30), units.count(-2e6)] == ["-5.00 GiB", "-2.00 M"]
 
 
+def test_the_least_that_a_unit_has() -> None:
+    assert list(map(units.work, (9.99e15, 1e16, 9.99e18, 1e19))) == ["9,990.00 T", "10.00 P", "9,990.00 P", "10.00 E"]
+    sizes = (1e4 * 2**40, 1e4 * 2**40 - 2**40, 1e4 * 2**30, 1e4 * 2**30 - 2**30, 2**30, 2**20, 2**10, 1023, -1023)
+    assert list(map(units.size, sizes)) == [
+        "9.77 PiB", "9,999.00 TiB", "9.77 TiB", "9,999.00 GiB", "1.00 GiB", "1.00 MiB", "1.00 KiB", "1023 B", "-1023 B",
+    ]  # fmt: skip
+    counts = list(map(units.count, (1e12, 1e9, 1e6, 1e3, 999)))
+    assert counts == ["1.00 T", "1.00 B", "1.00 M", "1.00 k", "999"]
+    assert list(map(units.elapsed, (3600, 3599, 60, 59.9, 0))) == ["1 h", "60 min", "1 min", "59.9 s", "0 s"]
+    assert list(map(units.duration, (1, 1e-3, 1e-12))) == ["1 s", "1 ms", "1e-06 µs"]
+    assert units.percent(0.037) == "3.7 %"
+    near = [units.is_near(*pair) for pair in ((51, 50), (49, 50), (51.01, 50), (48.99, 50), (50, 51.02))]
+    assert near == [True, True, False, False, True]
+
+
 def test_tables_show_everything_that_was_asked() -> None:
     text = shown(plan(devices=32, hardware="paper", paper=True, sweep=("top_k=4,8",)))
     for part in ("3,649.00 T", "372.00 GiB", "fine_grained", "dense", "Table 1, K=8", "Sweep",

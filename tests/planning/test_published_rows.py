@@ -196,3 +196,32 @@ def test_what_exchanges_nothing() -> None:
     for run in published.load_runs():
         seconds = published.exchange_seconds(run, shapes[run.model], published.machine_of(run))
         assert (seconds == 0) == (shapes[run.model].moe is None or run.expert == 1), run
+
+
+def test_what_a_run_does_not_say() -> None:
+    """And tokens a second of a device by each of the four figures that a source may have."""
+    required = {"model": "qwen3_30b", "row": "a | b | c", "software": "s", "machine": "h100", "devices": 8, "batch": 64,
+                "length": 4096, "source": "paper"}  # fmt: skip
+    model = next(name for name in MODELS if "moe" in MODELS[name])
+    required["model"] = model
+    run = published.Run(**required)
+    ones = dict.fromkeys(("micro", "tensor", "stages", "virtual", "context", "expert"), 1)
+    figures = dict.fromkeys(("tokens_per_s", "seconds", "tflops", "mfu", "capacity", "watts", "memory_bandwidth"), 0.0)
+    texts = dict.fromkeys(("assumed", "peak", "offload", "differs"), "")
+    others = {"causal": True, "precision": "bf16", "sharding": "zero1", "remat": "none", "overlap": False,
+              "routing": "forced", "mtp": False, "dedup": False, "network": 1.0}  # fmt: skip
+    assert vars(run) == required | ones | figures | texts | others
+    assert run.tokens == 64 * 4096 and run.is_moe
+    flops = 3 * run.shape().flops(4096, True)
+    for figure, expected in (
+        ({"tokens_per_s": 123.0, "seconds": 9.0}, 123.0),
+        ({"seconds": 4.0, "tflops": 9.0}, 64 * 4096 / 4 / 8),
+        ({"tflops": 250.0, "mfu": 0.9}, 250e12 / flops),
+        ({"mfu": 0.4}, 0.4 * 989.4e12 / flops),
+    ):
+        assert published.Run(**required, **figure).measured() == pytest.approx(expected)
+    for natural, uneven in (
+        ({"routing": "natural", "expert": 2}, 1.5), ({"routing": "natural"}, 1.0), ({"expert": 2}, 1.0),
+        ({"routing": "natural", "expert": 2, "capacity": 1.25}, 1.0),
+    ):  # fmt: skip
+        assert published.Run(**required, **natural).imbalance == uneven

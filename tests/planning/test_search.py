@@ -298,3 +298,34 @@ def test_a_search_times_no_more_than_it_shows(monkeypatch: pytest.MonkeyPatch) -
     timed = []
     monkeypatch.setattr(searching, "step_time", lambda *a: timed.append(a) or step_time(*a))
     assert len(search(CONFIG, with_memory(1))) == len(timed) == NEAREST
+
+
+def test_the_least_change_of_each_kind_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Twice to 64 times the devices; of the batch and of the sequences a half or a quarter, if it is a whole number."""
+    machine, fits = replace(with_memory(1.0, 3), topology=(1, 3)), set[str]()
+    own = replace(CONFIG, execution=ExecutionConfig(), data=replace(CONFIG.data, batch_size=12, sequence_length=6))
+
+    def found(config: Config, here: Machine, lean: bool, fitting: bool) -> Any:
+        assert lean and fitting and here == replace(machine, devices=here.devices, topology=None)
+        moved = [f"{here.devices}"] if here.devices != 3 else []
+        moved += [flag.removeprefix("--config.") for flag in flags(own, config)]
+        assert len(moved) == 1
+        return iter([None] if fits & set(moved) else [])
+
+    monkeypatch.setattr(searching, "variants", found)
+    for holds, said in (
+        (set(), []),
+        ({"6", "12"}, ["--devices=6"]),
+        ({"96", "192"}, ["--devices=96"]),
+        ({"192"}, ["--devices=192"]),
+        ({"384", "3"}, []),
+        ({"execution.dtype=bfloat16"}, ["--config.execution.dtype=bfloat16"]),
+        ({"optimizer.moment_dtype=bfloat16", "24"}, ["--devices=24", "--config.optimizer.moment_dtype=bfloat16"]),
+        ({"data.batch_size=6", "data.batch_size=3"}, ["--config.data.batch_size=6"]),
+        ({"data.batch_size=3", "data.sequence_length=3"},
+         ["--config.data.batch_size=3", "--config.data.sequence_length=3"]),
+        ({"data.sequence_length=1", "data.sequence_length=2", "data.batch_size=4"}, []),
+    ):  # fmt: skip
+        fits.clear()
+        fits |= holds
+        assert searching.what_would_fit(own, machine) == said
