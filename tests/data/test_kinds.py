@@ -5,12 +5,15 @@ import csv
 import dataclasses
 import gzip
 import io
+import itertools
 import json
 import pathlib
+import random
 import re
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -18,7 +21,7 @@ from conftest import SAMPLE
 from training.tools import as_saved
 
 from bigmac_jax.config import Config, ConfigError
-from bigmac_jax.data import documents, kinds, local_files
+from bigmac_jax.data import documents, encoding, kinds, local_files
 from bigmac_jax.data.chat_files import read_chat
 from bigmac_jax.data.corpus import open_documents
 from bigmac_jax.data.kinds import guess_kind
@@ -150,6 +153,77 @@ def test_long_texts_come_in_the_pieces_of_the_whole():
         blocks = iter([encoded[i : i + size] for i in range(0, len(encoded) if size > 3 else 3000, size)])
         got = "".join(documents._Decoder(blocks))
         assert got == (text if size > 3 else encoded[:3000].decode(errors="replace"))
+
+
+def test_texts_are_cut_by_hand() -> None:
+    """Pieces of 3 to 6: at a space or line's end behind a visible character, or else at 6."""
+    cases = {
+        "abcdef": ["abcdef"], "abcdefg": ["abcdef", "g"], "abc defg": ["abc", " defg"], "abcde fgh": ["abcde", " fgh"],
+        "abcdef gh": ["abcdef", " gh"], "ab  efgh": ["ab  ef", "gh"], "ab cdefg": ["ab cde", "fg"],
+        "abc\nefgh": ["abc", "\nefgh"], "abcdefghijkl": ["abcdef", "ghijkl"],
+        "abcd fghij lmn": ["abcd", " fghij", " lmn"],
+        "abc\refgh": ["abc\ref", "gh"], "": [""],
+    }  # fmt: skip
+    assert {text: list(documents.cut_text(text, 3)) for text in cases} == cases
+    for text, pieces in cases.items():
+        assert list(documents.cut_chunks(iter(text), 3)) == pieces
+
+
+def test_portions_are_cut_by_hand() -> None:
+    """Before white space at or behind the characters that are given; nothing behind them is read."""
+    wanted = [(0, 8), (0, None), (1, 4), (2, 5), (3, 6), (5, 5), (6, None), (0, 2), (8, None)]
+    found = ["".join(documents.cut_portion(["ab cd ef"], documents.Portion(*of))) for of in wanted]
+    assert found == ["ab cd ef", "ab cd ef", " cd", " cd", " ef", "", "", "ab", ""]
+    parts = iter(["ab cd", " ef gh", "!"])
+    assert list(documents.cut_portion(parts, documents.Portion(3, 7))) == [" ef"] and list(parts) == ["!"]
+    parts = iter(["ab cd", " ef gh", "!"])
+    assert list(documents.cut_portion(parts, documents.Portion(0, 5))) == ["ab cd"] and next(parts) == " ef gh"
+    assert list(documents.cut_portion(["ab", "\r\ncd", " e"], documents.Portion(2))) == ["\r\ncd", " e"]
+
+
+def test_the_last_of_some() -> None:
+    for count in range(4):
+        marked = [(str(i), i == count - 1) for i in range(count)]
+        assert list(documents.mark_last(map(str, range(count)))) == marked
+
+
+def test_a_character_that_is_cut_off() -> None:
+    for text, blocks in {
+        b"a\xc3": (b"a", b"\xc3"), b"a\xc3\xa9": (b"a\xc3\xa9", b""), b"\xf0\x9f\x98": (b"", b"\xf0\x9f\x98"),
+        b"abcde": (b"abcde", b""), b"ab\xf0\x9f": (b"ab", b"\xf0\x9f"), b"": (b"", b""), b"a\xff": (b"a\xff", b""),
+        "ab😀".encode(): ("ab😀".encode(), b""),
+    }.items():  # fmt: skip
+        assert documents.split_last_character(text) == blocks
+
+
+def test_words_are_those_of_the_whole_text() -> None:
+    """However it is cut; ASCII is counted by its bytes where it is long."""
+    assert np.flatnonzero(encoding._SPACE).tolist() == [i for i in range(128) if chr(i).isspace()]
+    draw = random.Random(0)
+    for letters in ("ab \t\n\x0b\x1c\x1f ", "aé \n\u2003\x85 "):
+        for size in (1, 30, 500, 2000):
+            text = "".join(draw.choices(letters, k=3 * size))
+            cuts = [0, *sorted(draw.randrange(len(text)) for _ in range(5)), len(text)]
+            pieces = [text[a:b] for a, b in itertools.pairwise(cuts)]
+            counter, found = encoding.WordCounter(), 0
+            for number, piece in enumerate(pieces):
+                found += counter.count(piece, piece.encode(), number == len(pieces) - 1)
+            assert found == len(text.split()), text
+            assert counter.count("ab", b"ab", True) == 1  # of the next document
+    skipping = encoding.WordCounter()
+    skipping.skip("wo", False)
+    assert skipping.count("rd two", b"rd two", False) == 1
+
+
+def test_pieces_are_encoded_some_at_a_time(monkeypatch) -> None:
+    monkeypatch.setattr(encoding, "_BATCH", 10)
+    parts = [("abcd", False), ("efghij", True), ("k l", True), ("m" * 10, False), ("n", True)]
+    counts, words = encoding.Counts(), encoding.WordCounter()
+    found = [(tokens.tolist(), n) for tokens, n in encoding.encode_pieces(parts, ByteTokenizer(), counts, words)]
+    assert found == [
+        ([*b"abcdefghij", 256], 2), ([*b"k l", 256, *b"mmmmmmmmmm"], 2), ([*b"n", 256], 1),
+    ]  # fmt: skip
+    assert vars(counts) == {"tokens": 27, "documents": 3, "bytes": 24, "words": 4}
 
 
 def damaged_gzip(content: bytes) -> bytes:

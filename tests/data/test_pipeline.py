@@ -11,12 +11,13 @@ from absl import flags
 
 from bigmac_jax.config import ConfigError
 from bigmac_jax.data import pipeline, token_cache
-from bigmac_jax.data.batch import NO_TARGET
+from bigmac_jax.data.batch import NO_TARGET, PADDING, Batch
 from bigmac_jax.data.pipeline import (
     TrainIterator,
     eval_batches,
     make_windows,
     open_stream,
+    pad_batch,
     prepare,
     shuffle_windows,
     text_stream,
@@ -156,6 +157,24 @@ def test_evaluation_of_an_array():
     assert inputs_BL.tolist() == [[0, 1, 2], [3, 0, 0]]
     assert targets_BL.tolist() == [[1, 2, 3], [4, NO_TARGET, NO_TARGET]]
     assert segments_BL is None
+
+
+def test_rows_are_added_to_a_batch():
+    batch = Batch(np.array([[1, 2]]), np.array([[2, 3]]), np.array([[0, 1]]))
+    padded = pad_batch(batch, 3)
+    assert padded.inputs_BL.tolist() == [[1, 2], [0, 0], [0, 0]]
+    assert padded.targets_BL.tolist() == [[2, 3], [NO_TARGET] * 2, [NO_TARGET] * 2]
+    assert padded.segments_BL.tolist() == [[0, 1], [PADDING] * 2, [PADDING] * 2]
+    assert pad_batch(batch._replace(segments_BL=None), 1).segments_BL is None
+
+
+def test_windows_that_overlap_by_hand():
+    """The last may be short, and none is without a token that is new; each token counts in the first that has it."""
+    whole = [(batch.inputs_BL.tolist(), batch.targets_BL.tolist()) for batch in eval_batches(np.arange(7), 3, 2, 2)]
+    x = NO_TARGET
+    assert whole == [([[0, 1, 2], [2, 3, 4]], [[1, 2, 3], [x, 4, 5]]), ([[4, 5, 0], [0, 0, 0]], [[x, 6, x], [x, x, x]])]
+    ((inputs_BL, targets_BL, *_),) = eval_batches(np.arange(6), 3, 2, 2)
+    assert (inputs_BL.tolist(), targets_BL.tolist()) == ([[0, 1, 2], [2, 3, 4]], [[1, 2, 3], [x, 4, 5]])
 
 
 def test_text_stream(tmp_path, caplog):

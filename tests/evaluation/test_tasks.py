@@ -532,6 +532,16 @@ def test_last_word_and_perplexity_by_hand() -> None:
     assert summarise("last_word", [judge("last_word", pair, results(-1e4))])["perplexity"] == math.exp(700)
 
 
+def test_sentences_that_fit_by_hand() -> None:
+    """Those too long are skipped, until fewer than four tokens are left."""
+    for sizes, left, taken in (
+        ([5, 9, 1, 1], 10, "acd"), ([5, 9, 2, 1], 10, "ac"), ([10], 10, "a"), ([11], 10, ""), ([6, 1, 1], 10, "ab"),
+        ([7, 1], 10, "a"), ([1, 1], 3, "a"), ([1], 0, ""),
+    ):  # fmt: skip
+        names = list("abcd"[: len(sizes)])
+        assert "".join(needle_module._take_fitting(names, sizes, left)) == taken, sizes
+
+
 def test_needles(tmp_path: pathlib.Path) -> None:
     (tmp_path / "hay.txt").write_text(" ".join(f"Sentence {n} is one of many." for n in range(80)))
     hay = str(tmp_path / "hay.txt")
