@@ -21,7 +21,7 @@ from conftest import SAMPLE
 from training.tools import as_saved
 
 from bigmac_jax.config import Config, ConfigError
-from bigmac_jax.data import documents, encoding, kinds, local_files
+from bigmac_jax.data import documents, encoding, kinds, local_files, readers, text_field
 from bigmac_jax.data.chat_files import read_chat
 from bigmac_jax.data.corpus import open_documents
 from bigmac_jax.data.kinds import guess_kind
@@ -224,6 +224,46 @@ def test_pieces_are_encoded_some_at_a_time(monkeypatch) -> None:
         ([*b"abcdefghij", 256], 2), ([*b"k l", 256, *b"mmmmmmmmmm"], 2), ([*b"n", 256], 1),
     ]  # fmt: skip
     assert vars(counts) == {"tokens": 27, "documents": 3, "bytes": 24, "words": 4}
+
+
+def test_files_are_cut_into_slices_by_hand(monkeypatch):
+    """Lines by bytes, tables by their groups, and the rest not at all."""
+
+    def cut(kind: str, size: int, unit: int, groups: int = 0, compression: str = "") -> list[tuple[Any, ...]]:
+        monkeypatch.setattr(readers, "count_parts", lambda path, kind: groups)
+        return [
+            tuple(part) for part in readers.cut_slices(3, pathlib.Path("a"), kinds.Kind(kind, compression), size, unit)
+        ]
+
+    assert cut("jsonl", 10, 4) == [(3, 0, 4, 4), (3, 4, 8, 4), (3, 8, 10, 2)]
+    assert cut("jsonl", 8, 4) == [(3, 0, 4, 4), (3, 4, 8, 4)]
+    for whole in (("jsonl", 4, 4), ("txt", 10, 4), ("json", 10, 4), ("jsonl", 10, 4, 0, "gz"), ("parquet", 4, 4, 9)):
+        assert cut(*whole) == [(3, 0, None, whole[1])]
+    assert cut("parquet", 103, 30, 5) == [(3, 0, 1, 28), (3, 1, 2, 25), (3, 2, 3, 25), (3, 3, 5, 25)]
+    assert cut("arrow", 120, 30, 9) == [(3, 0, 2, 30), (3, 2, 4, 30), (3, 4, 6, 30), (3, 6, 9, 30)]
+    assert cut("feather", 100, 30, 2) == [(3, 0, 1, 50), (3, 1, 2, 50)]
+    assert cut("parquet", 100, 30, 1) == [(3, 0, 1, 100)] and cut("parquet", 100, 30, 0) == [(3, 0, 0, 100)]
+
+
+@pytest.mark.parametrize("name", ["a.parquet", "a.arrow", "stream.arrow", "a.jsonl"])
+def test_a_slice_has_its_rows_and_their_numbers(name, tmp_path):
+    """Of groups of 13 and batches of 17, the third; lines from the byte behind the thirtieth."""
+    rows = [f"row {i}" for i in range(60)]
+    path, kind = tmp_path / name, guess_kind(pathlib.Path(name))
+    field = text_field.TextField("text")
+    first = {"parquet": 26, "arrow": 34, "jsonl": 30}[kind.name]
+    last = {"parquet": 39, "arrow": 51, "jsonl": 32}[kind.name]
+    path.write_bytes(content_of(name, rows))
+    starts = [0, *itertools.accumulate(len(lines([row])) + (i > 9) for i, row in enumerate(rows))]
+    part = documents.Slice(0, 2, 3, 77) if kind.name != "jsonl" else documents.Slice(0, starts[30], starts[32], 77)
+    counts = documents.ReadCounts(source=5)
+    assert [content for _, content, _ in readers.read_slice(path, kind, part, field, counts)] == (
+        rows[first:last] if kind.name == "jsonl" else [row.encode() for row in rows[first:last]]
+    )
+    assert counts.source == 82
+    path.write_bytes(content_of(name, [*rows[: first + 1], None, *rows[first + 2 :]]))
+    with pytest.raises(ConfigError, match=rf"{name} (row|line) {first + 2}: data\.text_field='text' is null"):
+        list(readers.read_slice(path, kind, part, field, counts))
 
 
 def damaged_gzip(content: bytes) -> bytes:
