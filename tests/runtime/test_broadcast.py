@@ -1,10 +1,13 @@
 """Values of process 0 reach all processes whole, however long they are."""
 
+import contextlib
+import hashlib
 import json
 
 import numpy as np
 import pytest
 
+from bigmac_jax.config import ConfigError
 from bigmac_jax.runtime import hosts
 
 
@@ -26,3 +29,77 @@ def test_broadcast_is_never_cut(monkeypatch, length):
     assert hosts.broadcast(value) == value
     assert hosts.broadcast(list(range(length // 5))) == list(range(length // 5))
     assert json.dumps(hosts.broadcast(float("nan"))) == "NaN"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "asks"),
+    [
+        (("", 0, -1, False), False),
+        (("", 0, -1, True), True),
+        (("host:1", 2, 0, False), True),
+        (("host:1", 2, 1, False), True),
+        (("host:65535", 1, 0, False), True),
+        (("[::1]:80", 1, 0, False), True),
+        (("host:1", 2, 0, True), "drop it, or --coordinator"),
+        (("host:1", 0, -1, False), "^--num_processes, --process_id missing"),
+        (("", 1, 0, False), "^--coordinator missing"),
+        (("host:1", 1, -1, False), "^--process_id missing"),
+        (("host:1", 2, 2, False), "--process_id=2 must be below --num_processes=2"),
+        (("host:0", 1, 0, False), "must be HOST:PORT with a port"),
+        (("host:65536", 1, 0, False), "must be HOST:PORT with a port"),
+        (("host", 1, 0, False), "must be HOST:PORT with a port"),
+        ((":80", 1, 0, False), "must be HOST:PORT with a port"),
+        (("host:x", 1, 0, False), "must be HOST:PORT with a port"),
+        (("host:٣", 1, 0, False), "must be HOST:PORT with a port"),
+    ],
+)
+def test_what_asks_for_several_processes(arguments, asks):
+    if isinstance(asks, bool):
+        assert hosts._asks_for_processes(*arguments) is asks
+    else:
+        with pytest.raises(ConfigError, match=asks):
+            hosts._asks_for_processes(*arguments)
+
+
+def three_processes(monkeypatch, change):
+    """Process 0 of three, of which the others send what `change` makes of its own array."""
+    monkeypatch.setattr(hosts, "is_distributed", lambda: True)
+    allgather = lambda array: np.stack([array, *(change(number, array.copy()) for number in (1, 2))])  # noqa: E731
+    monkeypatch.setattr(hosts.multihost_utils, "process_allgather", allgather)
+
+
+def test_messages_are_gathered_and_cut(monkeypatch):
+    three_processes(monkeypatch, lambda number, array: np.roll(array, 0) if number == 1 else array * 0)
+    assert hosts.gather("hällo") == ["hällo", "hällo", ""]
+    assert hosts.gather("é" * 1000) == ["é" * 512, "é" * 512, ""]
+    assert hosts.gather("x" + "é" * 1000)[0] == "x" + "é" * 511  # no half of one
+    monkeypatch.setattr(hosts, "is_distributed", lambda: False)
+    assert hosts.gather("é" * 1000) == ["é" * 1000]
+
+
+@pytest.mark.parametrize(
+    ("place", "other", "said"),
+    [
+        (1, "a=7", "process 2 was started with a=7, process 0 with a=1; start all with the same"),
+        (3, "c=7", "process 2 was started with c=7, process 0 with c=x; start all with the same"),
+        (0, "", "process 2 was started with , process 0 with another version of the program"),
+        (None, "", ""),
+    ],
+)
+def test_fields_that_differ_are_named(monkeypatch, place, other, said):
+    """Of three fields that all processes compare, the third process has one otherwise."""
+
+    def change(number, array):
+        if array.dtype == np.uint8:
+            return np.frombuffer(other.encode().ljust(len(array), b"\0"), np.uint8)
+        if number == 2 and place is not None:
+            array[place] += 1
+        return array
+
+    three_processes(monkeypatch, change)
+    with pytest.raises(ConfigError, match=said) if said else contextlib.nullcontext():
+        hosts.check_same({"a": 1, "b": 2, "c": "x"})
+
+
+def test_a_digest_stays_a_digest_of_the_value():
+    assert hosts.digest(["a", 1]) == hashlib.sha256(b"['a', 1]").hexdigest()[:12]
