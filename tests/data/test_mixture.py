@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from bigmac_jax.config import Config, ConfigError, load_config
-from bigmac_jax.config.mixture import parse_curriculum, parse_mixture, short_name
+from bigmac_jax.config.mixture import parse_curriculum, parse_mixture, short_name, whole_numbers
 from bigmac_jax.data.corpus import open_documents
 from bigmac_jax.data.mixed_stream import Mixture
 from bigmac_jax.data.pipeline import TrainIterator, open_stream
@@ -31,6 +31,21 @@ def test_what_is_written():
     stages = parse_curriculum("10:code=1;20:books=1,a-b=0.5", parts)
     assert stages == [(0, (2, Fraction(1, 2), 1, 1)), (10, (0, 0, 1, 0)), (20, (Fraction(1, 2), 1, 0, 0))]
     assert [short_name(s) for s in ("sotu", "hf:o/n", "a.b/c.tar.gz", "/", "*.txt")] == ["sotu", "o-n", "c", "/", "all"]
+
+
+def test_weights_at_their_limits():
+    """A million as whole numbers, of the mixture and of each stage; steps from 1 on."""
+    assert whole_numbers((Fraction(1, 2), Fraction(1, 3), Fraction(0))) == [3, 2, 0]
+    assert whole_numbers((Fraction(4), Fraction(6))) == [2, 3] and whole_numbers((Fraction(1, 7),)) == [1]
+    parts = parse_mixture("a=999999,b=1")
+    assert parse_curriculum("1:a=1,b=999999", parts)[1] == (1, (1, 999999))
+    parse_mixture("a=999999999")
+    for mixture, curriculum in (
+        ("a=1000000,b=1", ""), ("a=1,b=1", "1:a=1000000,b=1"), ("a=1", "0:a=1"), ("a=1", "1:a=0"), ("a=1", ":a=1"),
+        ("a=1", "1:a"), ("a=1", "3:a=1;2:a=2"), ("a=1", "1:=1"),
+    ):  # fmt: skip
+        with pytest.raises(ConfigError):
+            parse_curriculum(curriculum, parse_mixture(mixture))
 
 
 def test_equal_names_are_numbered_by_source():
