@@ -1,6 +1,7 @@
 """Paths, whole writes, local copies and leases, each against a real server."""
 
 import contextlib
+import hashlib
 import json
 import pathlib
 import threading
@@ -148,6 +149,68 @@ def test_missing_packages_and_schemes(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ConfigError, match=r"must be a local path, or begin with gs:// or s3://"):
         storage.locate("hdfs://a/b", "--workdir")
     assert storage.locate("a/b", "--workdir") == pathlib.Path("a/b")
+
+
+def test_errors_are_told_in_a_line() -> None:
+    """Those of a store have no number; those of a disk say what the system calls them."""
+    for error, of_store, said in (
+        (OSError(2, "No such file"), False, "No such file"),
+        (PermissionError(13, "Permission\ndenied"), False, "Permission denied"),
+        (OSError("broken  pipe"), True, "OSError: broken pipe"),
+        (ConnectionResetError(), True, "ConnectionResetError:"),
+        (ValueError("no\nnumber"), False, "ValueError: no number"),
+        (OSError("x" * 300), True, ("OSError: " + "x" * 300)[:200]),
+    ):
+        assert storage.is_store_error(error) == of_store and storage.reason(error) == said
+    assert storage.errors(KeyError)[:2] == (OSError, KeyError)
+
+
+def test_links_out_of_a_folder_are_refused(tmp_path: pathlib.Path) -> None:
+    """But for those of the hub's cache, from a snapshot to the model's blobs."""
+    model = tmp_path / "models--a"
+    snapshot, other = model / "snapshots" / "1", tmp_path / "other"
+    for folder in (snapshot, model / "blobs", other, tmp_path / "blobs"):
+        folder.mkdir(parents=True)
+        (folder / "file").write_text("text")
+    for name, target in {"blob": model / "blobs", "out": other, "above": tmp_path / "blobs", "own": snapshot}.items():
+        (snapshot / name).symlink_to(target / "file")
+        (other / name).symlink_to(target / "file")
+    for folder, name, fine in (
+        (snapshot, "file", True), (snapshot, "blob", True), (snapshot, "own", True), (snapshot, "out", False),
+        (snapshot, "above", False), (other, "out", True), (other, "blob", False),
+    ):  # fmt: skip
+        with contextlib.nullcontext() if fine else pytest.raises(ConfigError, match="outside of its folder"):
+            assert storage.check_inside(folder, name) == folder / name
+
+
+def test_paths_of_a_disk(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    storage.write_atomically(tmp_path / "b" / "c.txt", b"three")
+    storage.write_atomically(tmp_path / "a.txt", b"one")
+    storage.write_atomically(tmp_path / "a.txt", b"other")
+    assert storage.list_files(tmp_path) == {tmp_path / "a.txt": 5, tmp_path / "b" / "c.txt": 5}
+    assert storage.list_folder(tmp_path) == [tmp_path / "a.txt", tmp_path / "b"]
+    assert storage.list_folder(tmp_path / "no") == storage.list_folder(tmp_path / "a.txt") == []
+    assert storage.find_files(tmp_path / "**" / "c*") == {tmp_path / "b" / "c.txt": 5}
+    assert storage.find_files(tmp_path / "*") == {tmp_path / "a.txt": 5}  # and no folder
+    assert storage.file_size(tmp_path / "a.txt") == 5
+    assert storage.file_version(tmp_path / "a.txt") == str((tmp_path / "a.txt").stat().st_mtime_ns)
+    with storage.local_folder(tmp_path / "b") as folder, storage.local_file(folder / "c.txt") as file:
+        assert file.read_bytes() == b"three"
+    with storage.open_lines(tmp_path / "a.txt") as lines:
+        assert list(lines) == [b"other"]
+    storage.move(tmp_path / "b", tmp_path / "d")
+    assert storage.list_folder(tmp_path) == [tmp_path / "a.txt", tmp_path / "d"]
+    storage.remove_tree(tmp_path / "d")
+    storage.remove_tree(tmp_path / "d")
+    storage.make_folder(tmp_path / "e" / "f")
+    storage.make_folder(tmp_path / "e" / "f")
+    assert storage.list_folder(tmp_path / "e") == [tmp_path / "e" / "f"]
+    monkeypatch.chdir(tmp_path)
+    assert storage.absolute(pathlib.Path("a.txt")) == tmp_path / "a.txt"
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    copy = storage.make_local_copy_folder(pathlib.Path("gs:/a"))
+    assert copy == tmp_path / "cache" / "bigmac_jax" / "stores" / hashlib.sha256(b"gs:/a").hexdigest()[:20]
+    assert copy == storage.make_local_copy_folder(pathlib.Path("gs:/a")) and copy.is_dir()
 
 
 def test_a_lease(place: str) -> None:
