@@ -1,9 +1,11 @@
 """A network that is not there, and a disk that is full: one line, in seconds."""
 
+import contextlib
 import errno
 import threading
 import time
 import types
+import urllib.parse
 
 import pytest
 import requests
@@ -33,6 +35,35 @@ def test_a_dataset_that_cannot_be_downloaded(tmp_path, monkeypatch, name, host, 
     message = str(error.value)
     assert f"{host} can't be reached" in message and f"fills {tmp_path}/tfds/{name}/1." in message
     assert "--task_data=NAME=PATH" in message and "\n" not in message
+
+
+def test_hosts_are_asked_before_a_download(tmp_path, monkeypatch):
+    """Four at most, each once; none where there is nothing to fetch, or an earlier attempt has fetched it."""
+    asked, answers = [], {"a.org", "e.org"}
+
+    def head(url, timeout):
+        asked.append(url)
+        if urllib.parse.urlsplit(url).netloc not in answers:
+            raise requests.ConnectionError
+        assert timeout == datasets._PATIENCE
+
+    monkeypatch.setattr(requests, "head", head)
+    monkeypatch.setattr(datasets, "_PATIENCE", 0.05)
+    info = types.SimpleNamespace(full_name="set/config/1.0.0")
+    urls = [f"https://{host}.org/file" for host in "dcba"]
+    for given, error, count in (
+        (urls, "", 4), (urls[:3], r"and b\.org can't be reached", 3),
+        ([*urls[:3], *urls[:1], "https://e.org/x"], "", 4),
+        ([*urls[:3], "http://f.org/x", "https://e.org/x"], r"b\.org and f\.org can't", 4), ([], "", 0), (None, "", 0),
+        (["file:///x"], "", 0),
+    ):  # fmt: skip
+        asked.clear()
+        builder = types.SimpleNamespace(url_infos=given, data_path=tmp_path / "set/config/1.0.0", info=info)
+        with pytest.raises(ConfigError, match=error) if error else contextlib.nullcontext():
+            datasets._check_network(builder, "tfds:set")
+        if not error:
+            time.sleep(0.01)  # those that answer later
+        assert len(asked) == len(set(asked)) == count, given
 
 
 def test_what_was_downloaded_needs_no_network(tmp_path, monkeypatch):
