@@ -285,6 +285,8 @@ def test_what_the_hardware_files_expect() -> None:
     assert h100["training step"] == planned.tokens_per_s / 8
     # On 2 × 4 chips each sends 4/7 of it to the other half of the long axis, over 2 links of 50 GB/s for 4 chips.
     assert v5e["all-to-all"] == pytest.approx(50e9 * 7 / 8, rel=0.01)
+    seconds = (1 + 3) * load_hardware("v5e").fast.latency + 2**26 * 8 / 7 / 50e9  # the hops of both axes
+    assert v5e["all-to-all"] == pytest.approx(2**26 / seconds, rel=1e-9)
     assert expected("h100", 2).keys() == h100.keys()
     assert expected("h100", 1).keys() == {"matmul bfloat16", "memory", "training step"}
     assert all(value and value > 0 for value in (*h100.values(), *v5e.values()))
@@ -849,7 +851,7 @@ def test_each_device_runs_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def on_rank(x: Any, tree: Any) -> dict[str, Any]:
         seen.append((x.shape, jax.config.jax_default_matmul_precision))
-        return {"y": x + tree["two"]}
+        return {"y": x + tree["two"], "sum": x.sum()}
 
     monkeypatch.setattr(on_devices, "compile_program", compiled)
     mesh = make_mesh(on_devices.tiny_config(2), devices=two())
@@ -857,6 +859,7 @@ def test_each_device_runs_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     for dtype, precision in (("float32", "highest"), ("bfloat16", None)):
         found = on_devices.run_on_each(mesh, dtype, on_rank, x, {"two": np.full((2, 3), 2, np.float32)})
         np.testing.assert_array_equal(found["y"], np.stack([x + 2] * 2))
+        assert found["sum"].tolist() == [15, 15]
         assert isinstance(found["y"], np.ndarray) and seen == [((2, 3), precision), False]
         seen.clear()
     spec = rank_spec(2)
