@@ -557,7 +557,11 @@ def test_needles(tmp_path: pathlib.Path) -> None:
     assert [e.cell for e in examples] == [
         (tokens, d) for tokens in (200, 400) for d in (0.0, 0.5, 1.0) for _ in range(2)
     ]
+    begins = set()
     for example in examples:
+        numbers = [int(n) for n in re.findall(r"Sentence (\d+) ", example.pairs[0][0])]  # in turn, from any on
+        assert numbers == [(numbers[0] + i) % 80 for i in range(len(numbers))]
+        begins.add(numbers[0])
         tokens, depth = example.cell or (0, 0.0)
         prompt, answer = example.pairs[0]
         body, _, rest = prompt.partition(f" The secret number is{answer}.")
@@ -567,6 +571,7 @@ def test_needles(tmp_path: pathlib.Path) -> None:
         assert tokens - 60 < len(prompt + answer) - 1 <= tokens  # bytes are tokens; a sentence more would not fit
         assert abs(len(body) - depth * (len(body) + len(rest) - 23)) < 35
         assert len({text for _, text in example.pairs}) == 4 and all(len(text) == 5 for _, text in example.pairs)
+    assert len(begins) > 6
     assert len({example.pairs[0][1] for example in examples}) > 6
     with pytest.raises(ConfigError, match="do not fit into 60 tokens"):
         build_needles(needle, CONFIG, ByteTokenizer(), 120)
