@@ -21,7 +21,7 @@ from bigmac_jax.config import Config, ConfigError, DataConfig, TuningConfig
 from bigmac_jax.data.pipeline import text_stream
 from bigmac_jax.data.tokenizer import ByteTokenizer
 from bigmac_jax.evaluation.loglikelihood import Result
-from bigmac_jax.evaluation.tasks import definitions
+from bigmac_jax.evaluation.tasks import definitions, derived_columns
 from bigmac_jax.evaluation.tasks import needle as needle_module
 from bigmac_jax.evaluation.tasks.definitions import TASKS, Needle, Task, load_task
 from bigmac_jax.evaluation.tasks.examples import Example, build_examples
@@ -91,6 +91,29 @@ CASES: list[tuple[str, dict[str, Any], list[tuple[str, str]], int]] = [
     ("race_high", ARTICLE | {"problems": repr(PROBLEMS)}, RACE_PAIRS, 3),
     ("ptb", {"sentence": " he did n't , mr. <unk> 's \n"}, [("", " he didn't , mr. <unk>'s ")], 0),
 ]  # fmt: skip
+
+
+def test_derived_columns_by_hand() -> None:
+    """Where the parts are there they are joined; else the last sentence is what ctx_b was, where a row has one."""
+    row = {"ctx_a": None, "ctx_b": None, "source_id": None}
+    contexts = [
+        ({"ctx_a": "A.", "ctx_b": "he RUNS", "context": "x. y"}, "A. He runs"),
+        ({"ctx_a": "A.", "ctx_b": "", "context": "x. y"}, "A. "),
+        ({"ctx_a": "A.", "context": "x. y Z"}, "x. Y z"),
+        ({"ctx_b": "B", "context": "x. y"}, "x. Y"),
+        ({"context": "x. y. zA"}, "x. y. Za"),
+        ({"context": "one two"}, "one two"),
+        ({"context": ". a"}, ". A"),
+        ({"context": "x. y."}, "x. y."),
+        ({"context": "x. y", "source_id": "wikihow~1"}, "x. y"),
+        ({"context": "x. y", "source_id": "activitynet"}, "x. Y"),
+    ]
+    for given, context in contexts:
+        assert derived_columns.hellaswag(row | given)["context"] == context, given
+    blank = {"sentence": "a _ b _ c"}
+    assert derived_columns.winogrande(blank) == blank | {"before": "a ", "after": "b _ c"}
+    for answers in ({"text": ["b", "a", "b"], "start": [1, 2, 3]}, ["b", "a", "b"]):
+        assert derived_columns.squad({"answers": answers})["texts"] == ["b", "a"]
 
 
 def task(name: str) -> Task:
