@@ -30,7 +30,7 @@ from bigmac_jax.data.tokenizer import load_tokenizer
 from bigmac_jax.model.mesh import make_mesh
 from bigmac_jax.run import loop
 from bigmac_jax.run.loop import train
-from bigmac_jax.training import manifest
+from bigmac_jax.training import checkpoint_arrays, manifest
 from bigmac_jax.training.bad_steps import RunError
 from bigmac_jax.training.checkpoint import Checkpoints
 from bigmac_jax.training.checkpoint_arrays import DamagedError, _describe_damage, find_nonfinite, write_checksums
@@ -725,3 +725,13 @@ def test_what_a_read_says_of_damage(message: str, store: bool, expected: str) ->
 def test_the_first_array_that_is_not_finite_is_named() -> None:
     tree = {"a": jnp.ones(2), "b": {"c": jnp.asarray([1.0, jnp.inf]), "d": jnp.asarray([jnp.nan, 1.0])}}
     assert find_nonfinite(tree) == "b.c" and find_nonfinite({"a": tree["a"]}) == ""
+
+
+def test_of_an_array_in_host_memory_every_layer_is_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Behind those on the device, whatever their order."""
+    monkeypatch.setattr(checkpoint_arrays, "in_host", lambda leaf: leaf.ndim == 2)
+    monkeypatch.setattr(checkpoint_arrays, "take_layer", lambda leaf, layer: leaf[layer])
+    good, last = jnp.ones((3, 2)), jnp.ones((3, 2)).at[2, 1].set(jnp.nan)
+    assert find_nonfinite({"a": good, "b": last, "c": jnp.ones(2)}) == "b"
+    assert find_nonfinite({"a": good, "b": last, "c": jnp.asarray([jnp.inf])}) == "c"
+    assert find_nonfinite({"a": good, "c": jnp.ones(2)}) == ""
