@@ -225,7 +225,7 @@ DPO = "tuning.objective=dpo train.init_from=x data.source=a.jsonl data.validatio
 GROWS = "train.choices_from=2 train.choices_steps=9"
 ALONE = "tuning.train_router=false"
 LIMITS = [  # overrides, a field with the last value that they allow, and the first that they don't; what is said of it
-    ("model.num_layers=1", f"model.blocks={'*E' * 256}", f"model.blocks={'*E' * 256}*", "513 branches"),
+    ("model.num_layers=2", f"model.blocks={'*E' * 256}", f"model.blocks={'*E' * 256}*", "513 branches"),
     ("", f"model.mtp_blocks={'M' * 511}E", f"model.mtp_blocks={'M' * 512}E", "513 branches"),
     ("", "model.mtp_blocks=M*E", "model.mtp_blocks=MEE", "must be one layer"),
     ("", "model.mtp_blocks=*-", "model.mtp_blocks=X-", "may have the letters"),

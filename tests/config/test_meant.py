@@ -234,6 +234,9 @@ def test_paths_that_are_not_there(tmp_path: pathlib.Path, monkeypatch: pytest.Mo
     assert missing_place_fix("runs/frist", "give one") == "did you mean runs/first?"
     assert missing_place_fix("rusn/first", "give one") == "did you mean runs/first?"
     assert missing_place_fix("mine.tx", "give one") == "did you mean mine.txt?"
+    for name in ("data1", "data2", "data3", ".data"):
+        (tmp_path / "several" / name).mkdir(parents=True)
+    assert missing_place_fix("several/data", "give one").count(" or ") == 1  # two at most, and no hidden one
     for place in ("runs/first", "runs/x", "nothing", "gs://bucket/frist", "a/b/c/d", "", "x" * 5000, "a/\0"):
         assert missing_place_fix(place, "give one") == "give one"
     assert missing_place_fix("Qwen/Qwen3-30B-A3B", "give one") == (
