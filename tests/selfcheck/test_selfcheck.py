@@ -264,6 +264,15 @@ def test_compare() -> None:
     ):
         with pytest.raises(MismatchError, match=message):
             on_devices.compare({"y": np.array(a)}, {"y": b}, 0.02)
+    three = np.array([[1, -4.5], [2, -5], [1, 0]])  # a rank is off by as much as it may, two are by more
+    with pytest.raises(
+        MismatchError, match=r"y is off by 1.0e\+00 of its largest entry on 2 of 3 devices; at most 0.125"
+    ):
+        on_devices.compare({"y": three}, {"y": b}, 0.125)
+    with pytest.raises(MismatchError, match="largest entry; at most"):
+        on_devices.compare({"y": three[1:2]}, {"y": b}, 0.125)
+    small = np.array([0.5, -1e-6])
+    assert on_devices.compare({"y": small}, {"y": small}, 0.0) == "within 0e+00"
     with pytest.raises(MismatchError):  # what is all zeros shows nothing
         on_devices.compare({"y": np.zeros(2)}, {"y": np.zeros(2)}, 1)
 
