@@ -5,6 +5,7 @@ import os
 import pathlib
 import sys
 import time
+from typing import Any
 
 import pytest
 
@@ -401,6 +402,27 @@ def test_requests_that_are_lost_are_counted_until_one_is_not(job: Job, monkeypat
     monkeypatch.setattr(watch._hurry, "wait", wait)
     watch._talk()
     assert lost == [1, 2, 0, 1]
+
+
+def test_who_stood_still_hears_the_others_first(still: Time, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For longer than half of the silence that is borne: then they were heard as long ago as that."""
+    job = Job()
+    job.tell()
+    watch, dumped, steps = job.watches[0], list[Any](), iter([0.5, 47.25, 47.5, None])
+
+    def wait(_: float) -> bool:
+        step = next(steps)
+        still.now += step or 0
+        return step is None
+
+    monkeypatch.setattr(
+        watchdog.faulthandler, "dump_traceback_later", lambda *given, exit: dumped.append((*given, exit))
+    )
+    monkeypatch.setattr(watch, "_end", lambda line: pytest.fail(line))
+    monkeypatch.setattr(watch._closing, "wait", wait)
+    watch._judge()
+    assert dumped == [(210, True)] * 3
+    assert [peer.heard_at for peer in watch._peers] == [1048.0] * 3
 
 
 def test_a_job_of_several_processes_is_watched(monkeypatch: pytest.MonkeyPatch) -> None:
