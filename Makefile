@@ -8,9 +8,7 @@ RUN ?= runs/tiny
 CONFIG ?= configs/tiny.py
 # Every test file on one worker: its compiled programs are shared inside a process. In the order of their names: files of
 # few and long tests, which xdist would put last, keep one worker busy when the others have ended.
-# Three workers for two cores: a third of the tests wait now and then, for servers, signals and time limits.
-WORKERS := $(shell $(PYTHON) -c 'import os; print(min(8, os.cpu_count() * 3 // 2))')
-PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist=loadfile --no-loadscope-reorder
+PYTEST := $(BIN)/python -m pytest -n auto --maxprocesses=8 --dist=loadfile --no-loadscope-reorder
 
 ENTER = @echo "to enter the environment: source $(VENV)/bin/activate"
 

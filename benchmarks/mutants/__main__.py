@@ -70,8 +70,8 @@ running = pathlib.Path(os.environ["MUTANTS_RUNNING"], f"test-{os.getppid()}")
 
 def _fork():
     if running.exists():
-        os.environ["MUTANTS_TEST"] = running.read_text()
-        coverage.Coverage.current().switch_context(running.read_text())
+        os.environ["MUTANTS_TEST"] = test = running.read_text()
+        coverage.Coverage.current().switch_context(test)
 
 
 os.register_at_fork(after_in_child=_fork)
