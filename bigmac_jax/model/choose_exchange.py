@@ -52,7 +52,11 @@ def predict_seconds(
     names = [name for name in available_exchanges(group.device_kind) if name != "ragged" or group.platform != "cpu"]
     if config.execution.asks_for_rounds:
         names = [name for name in names if STRATEGIES[name].takes_rounds]
-    if m.overflow == "next" and math.isfinite(capacity_factor):
-        names = [name for name in names if STRATEGIES[name].moves_choices]
     exchanges = {name: make_exchange(name, config, capacity_factor, group) for name in names}
+    if math.isfinite(capacity_factor):  # others would not read it
+        exchanges = {
+            name: exchange
+            for name, exchange in exchanges.items()
+            if not exchange.dropless and (exchange.moves_choices or m.overflow == "drop")
+        }
     return {name: seconds(exchange, tokens, m.choices, m.wire_size) for name, exchange in exchanges.items()}

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 
 from bigmac_jax.config import Config
-from bigmac_jax.model.choose_exchange import choose_exchange
+from bigmac_jax.model.choose_exchange import choose_exchange, make_exchange, predict_seconds
 from bigmac_jax.model.exchange import STRATEGIES
 from bigmac_jax.model.exchange.costs import cost, seconds
-from bigmac_jax.model.mesh import EXPERT_GROUP, make_mesh, placed, ranks
+from bigmac_jax.model.mesh import EXPERT_GROUP, ExpertGroup, make_mesh, placed, ranks
 from bigmac_jax.model.traffic import tokens_at_a_time
 from bigmac_jax.training.metrics import describe_auto
 
@@ -133,3 +133,16 @@ def test_auto_gives_the_reference_and_says_why() -> None:
         chosen = choose_exchange(config, math.inf, tokens_at_a_time(config, ranks()))
     assert line.startswith("exchange=auto took all_to_all; ") and "dedup" in line and "ragged" not in line
     assert isinstance(chosen, STRATEGIES["all_to_all"])
+
+
+@pytest.mark.parametrize("sizes", [(1, 1), (1, 8), (2, 4)])
+def test_auto_takes_what_reads_a_finite_factor(sizes: tuple[int, int]) -> None:
+    """As a config says of each strategy, and of `auto`, whether anything is dropped; an evaluation drops nothing."""
+    group, wanted = ExpertGroup(sizes, "gpu", ""), set[str]()
+    for exchange in STRATEGIES:
+        config = tiny((1, *sizes), exchange=exchange, capacity_factor=1.0)
+        assert make_exchange(exchange, config, 1.0, group).dropless == config.dropless
+        wanted |= set() if config.dropless else {exchange}
+    config = tiny((1, *sizes), exchange="auto", capacity_factor=1.0)
+    assert predict_seconds(config, 1.0, 4096, group).keys() == wanted and not config.dropless
+    assert predict_seconds(config, math.inf, 4096, group).keys() == STRATEGIES.keys()

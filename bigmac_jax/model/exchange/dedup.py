@@ -26,6 +26,11 @@ class Dedup(Strategy[HopPlans]):
     sums_at_experts = True
     takes_rounds = True
 
+    @property
+    def dropless(self) -> bool:
+        """The capacity factor is of rows that are sent: one rank sends none."""
+        return self.ranks == 1 or super().dropless
+
     def hops(self, tokens: int, choices: int) -> list[Hop]:
         """The hops from here to the experts; empty on one rank."""
         if self.ranks == 1:

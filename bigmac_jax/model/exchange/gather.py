@@ -12,12 +12,17 @@ from bigmac_jax.model.exchange.strategy import Plan, Strategy, count_choices, no
 
 @dataclass(frozen=True)
 class Gather(Strategy[Array]):
-    """Every rank gets every row of the group, and returns a sum for each: for groups not larger than K. Dropless.
+    """Every rank gets every row of the group, and returns a sum for each: for groups not larger than K.
 
     A plan's routes are each row's choices of local experts, e where a choice's is elsewhere.
     """
 
     sums_at_experts = True
+
+    @property
+    def dropless(self) -> bool:
+        """Whatever the capacity factor is."""
+        return True
 
     def plan(self, experts_TK: Array) -> Plan[Array]:
         counts_E = count_choices(experts_TK, self.num_experts)

@@ -91,6 +91,7 @@ class Strategy(Generic[Routes]):
 
     @property
     def dropless(self) -> bool:
+        """Whether it has room for all rows; for `Config.dropless`, too."""
         return math.isinf(self.capacity_factor)
 
     @property
