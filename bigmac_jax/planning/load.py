@@ -17,7 +17,7 @@ class Load:
     """A step's load.
 
     Attributes:
-      busiest: of any group of ranks, if nothing is known of experts.
+      busiest: of any group of ranks, if nothing is known of experts; of fewer ranks one takes all.
       layers_YE: each expert's load over the mean, by layer.
     """
 
@@ -27,7 +27,7 @@ class Load:
     def over(self, ranks: int) -> float:
         """The busiest of so many ranks' rows over the mean, on average over the layers."""
         if not self.layers_YE or ranks == 1:
-            return self.busiest if ranks > 1 else 1.0
+            return min(self.busiest, ranks)
         layers = np.array(self.layers_YE)
         parts = np.array_split(layers, min(ranks, layers.shape[1]), axis=1)
         by_rank = np.stack([part.mean(1) for part in parts], axis=1)

@@ -22,6 +22,7 @@ def test_the_busiest_rank_by_hand() -> None:
     assert load.over(2) == pytest.approx((1 + 1.5) / 2)
     assert load.over(4) == 2.0 and load.over(1) == 1.0
     assert Load(1.3).over(8) == 1.3 and Load(1.3).over(1) == 1.0 and EVEN.over(8) == 1.0
+    assert Load(8.0).over(2) == 2.0  # no rank has more rows than there are
 
 
 def test_it_is_read(tmp_path: pathlib.Path) -> None:
