@@ -284,6 +284,9 @@ def test_tokenizer_and_template_are_those_in_the_workdir(
     (workdir / "tokenizer.json").unlink()
     shutil.copy(elsewhere, workdir)
     assert isinstance(load_run_tokenizer(workdir, config), JsonTokenizer)
+    # Nor what stands beside the place that the config names: the copy has no template beside it.
+    elsewhere.with_name("chat_template.jinja").write_text("{{ 'of somebody' }}")
+    assert use_saved_template(workdir, config).data.tokenizer == str(workdir / "tokenizer.json")
 
     template = elsewhere.with_name("template.jinja")
     template.write_text("{{ 1 }}")

@@ -18,7 +18,7 @@ from bigmac_jax.serving.dialogue import load_dialogue
 from bigmac_jax.serving.limits import Limits, finite_seconds
 from bigmac_jax.serving.lockstep import follow
 from bigmac_jax.serving.server import listen, serve
-from bigmac_jax.training.workdir import locate_workdir, read_config
+from bigmac_jax.training.workdir import locate_workdir, read_config, use_saved_tokenizer
 
 flags.adopt_module_key_flags(decoding_flags)
 _HOST = flags.DEFINE_string("host", "127.0.0.1", "The address to listen at; 0.0.0.0 is all of this machine's.")
@@ -58,7 +58,8 @@ def main() -> int:
     with Waiting("reading the model", not hosts.is_first()):
         generator = decoding_flags.load_generator(workdir, config, speculate)
     with hosts.raise_together():
-        chat = load_dialogue(generator.tokenizer, _CHAT_TEMPLATE.value, config.data.tokenizer, workdir)
+        kept = use_saved_tokenizer(workdir, config).data.tokenizer  # beside which a template may stand
+        chat = load_dialogue(generator.tokenizer, _CHAT_TEMPLATE.value, kept, workdir)
     engine = generator.engine(decoding_flags.BATCH_SIZE.value, positions=_CACHE_TOKENS.value, chunk=_CHUNK.value)
     with Waiting("compiling", not hosts.is_first()):
         engine.compile()

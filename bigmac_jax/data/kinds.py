@@ -16,7 +16,7 @@ from bigmac_jax.runtime import storage
 KINDS = (".txt", ".jsonl", ".json", ".csv", ".parquet", ".arrow", ".feather")
 COMPRESSED = (".gz", ".zst")
 TABLES = ("parquet", "arrow", "feather")
-READ = f"{', '.join(KINDS[:-1])} or {KINDS[-1]}, each also with {' or '.join(COMPRESSED)} behind it"
+READ = f"{', '.join(KINDS[:-1])} or {KINDS[-1]}, all but .parquet also with {' or '.join(COMPRESSED)} behind it"
 # Names, without their endings, of files that come with a corpus and are not part of it.
 _BESIDE = ("readme", "license", "licence", "notice", "citation", "changelog")
 _HEAD = 4096  # bytes that a file is judged by

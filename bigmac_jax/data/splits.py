@@ -13,8 +13,9 @@ from bigmac_jax.data.documents import WHOLE, Portion
 SPLITS = ("train", "validation", "test")
 SHARE = 0.05  # of the text, for each of validation and test
 FEW = 1000  # documents; of more, each is held out with probability SHARE
-RULE = "text-2"  # part of a corpus's fingerprint
-EARLIER_RULE = "text-1"  # cut long copies elsewhere, and never before \r
+RULE = "text-3"  # part of a corpus's fingerprint
+# text-1 cut long copies elsewhere, and never before \r; both held out a whole one of two documents for a single split.
+EARLIER_RULES = ("text-2", "text-1")
 
 
 def choose_split(key: object) -> str:
@@ -54,8 +55,8 @@ def hold_out(documents: Iterable[tuple[str, int]], splits: Sequence[str]) -> tup
     """Chooses what is held out of (key, characters) of documents, and describes the choice in a line.
 
     Few documents: each split gets those that, in the order of their keys, bring it nearer to SHARE of the text, at
-    least one. Fewer than there are splits: the end of each. More than FEW, the rest of which is not looked at: a hash
-    decides."""
+    least one. Of one or two: the end of each, as a whole one would be half of the text. More than FEW, the rest of which
+    is not looked at: a hash decides."""
     held = tuple(splits)
     sizes, longest = dict[str, int](), dict[str, int]()  # of all copies of a document, and of one
     for number, (key, size) in enumerate(documents):
@@ -65,7 +66,7 @@ def hold_out(documents: Iterable[tuple[str, int]], splits: Sequence[str]) -> tup
         sizes[key] = sizes.get(key, 0) + size
         longest[key] = max(longest.get(key, 0), size)
     total = sum(sizes.values())
-    if len(sizes) <= len(held):
+    if len(sizes) <= len(SPLITS) - 1:
         what = "the text's end is" if len(sizes) == 1 else f"the end of each of {len(sizes)} documents is"
         parts = ", ".join(f"{SHARE:.0%} for {split}" for split in held)
         return HeldOut(held, sizes=longest), f"{what} held out: {parts}"

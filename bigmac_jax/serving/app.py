@@ -145,7 +145,7 @@ class Service:
             raise ApiError(415, f"the body's content-type must be application/json, not {kind[:80]!r}")
         too_long = ApiError(413, f"the body must be at most {self._limits.body} bytes")
         length = request.headers.get("content-length", "0")
-        if length.isdigit() and int(length) > self._limits.body:
+        if length.isdecimal() and int(length) > self._limits.body:
             raise too_long
         body = bytearray()
         try:

@@ -11,7 +11,7 @@ from bigmac_jax.data.conversations import Conversations
 from bigmac_jax.data.corpus import has_splits, open_documents
 from bigmac_jax.data.documents import log_once
 from bigmac_jax.data.pipeline import Stream, open_stream
-from bigmac_jax.data.splits import EARLIER_RULE
+from bigmac_jax.data.splits import EARLIER_RULES
 from bigmac_jax.data.tokenizer import Tokenizer
 from bigmac_jax.runtime import hosts
 from bigmac_jax.training.workdir import read_config, read_run_json, use_saved_template
@@ -75,11 +75,11 @@ def _is_text(known: str, config: Config, split: str) -> bool:
     """Whether a split has the fingerprint `known`, or had it by an earlier rule of what is held out; of that, a line
     warns."""
     docs = open_documents(config.data, split, config.cache_dir)
-    if known != docs.fingerprint and known == docs.fingerprint_by(EARLIER_RULE):
+    if known != docs.fingerprint and known in map(docs.fingerprint_by, EARLIER_RULES):
         log_once(
             logging.WARNING,
-            f"{docs.name} is cut by a newer rule than the run was started with; of one or two texts, those with copies "
-            f"or with lines that end in \\r\\n are cut elsewhere",
+            f"{docs.name} is cut by a newer rule than the run was started with: of one or two texts, those with copies "
+            f"or with lines that end in \\r\\n are cut elsewhere, and none of two is held out as a whole",
         )
         return True
     return known == docs.fingerprint

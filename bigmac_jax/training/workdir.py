@@ -158,7 +158,7 @@ def use_saved_template(workdir: pathlib.Path, config: Config, of_user: bool = Fa
       of_user: the config is the user's, and not what the workdir has saved: without a copy, its template is read.
     """
     own, given = workdir / CHAT_TEMPLATE, config.tuning.chat_template
-    if (workdir / SETTINGS_FILE).is_file():
+    if not of_user or (workdir / SETTINGS_FILE).is_file():
         config = use_saved_tokenizer(workdir, config)
     if not own.is_file():
         if given and not of_user:

@@ -20,7 +20,7 @@ from bigmac_jax.data.tokenizer import ByteTokenizer
 from bigmac_jax.evaluation import perplexity
 from bigmac_jax.evaluation.perplexity import Score, evaluate
 from bigmac_jax.evaluation.sources import measure_specialisation, measure_spread, open_sources, report_sources
-from bigmac_jax.training.workdir import write_run
+from bigmac_jax.training.workdir import write_config, write_run
 
 LENGTH = 16
 CONFIG = {"length": LENGTH, "num_layers": 2, "hidden_size": 16}
@@ -82,6 +82,7 @@ def test_what_is_scored(tmp_path: pathlib.Path) -> None:
         (tmp_path / f"{name}.txt").write_text(f"{name}bcd " * 1000)
     data = dataclasses.replace(config.data, tokenizer="bytes", mixture=f"{tmp_path}/a.txt=1,{tmp_path}/b.txt=2")
     config = dataclasses.replace(config, data=data, cache_dir=str(tmp_path / "cache"))
+    write_config(config, tmp_path)
     found = open_sources(tmp_path, config, ["all", f"{tmp_path}/b.txt"], "test", ByteTokenizer())
     sizes = {name: stream.counts.bytes for name, stream in found.items()}
     assert sizes == {"a": 246, "b": 246, f"{tmp_path}/b.txt": 5000}
@@ -114,6 +115,7 @@ def test_sources_that_share_a_name(
         (tmp_path / name).write_text("some words " * 500)
     names, labels = ([name.format(tmp_path) for name in entries] for entries in (given, labels))
     config = dataclasses.replace(tiny(**CONFIG), data=data, cache_dir=str(tmp_path / "cache"))
+    write_config(config, tmp_path)
     found = open_sources(tmp_path, config, names, "test", ByteTokenizer())
     assert list(found) == labels
     own = {"a": f"{tmp_path}/a.txt", "b": f"{tmp_path}/b.txt"}
