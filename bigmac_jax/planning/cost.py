@@ -236,7 +236,8 @@ def _recomputed_projections(m: ModelConfig) -> float:
 def gradient_bytes(config: Config, count: Parameters) -> SharedBytes:
     """Bytes of the gradients that are summed over ranks for one batch, in execution.reduce_dtype."""
     size = 2 if config.execution.reduce_dtype == "bfloat16" else 4
-    return SharedBytes(*(size * numbers for numbers in _shared_numbers(config, count)))
+    numbers = _adapted_numbers(config) if config.tuning.lora_rank else _shared_numbers(config, count)
+    return SharedBytes(*(size * each for each in numbers))
 
 
 def parameter_bytes(config: Config, count: Parameters) -> SharedBytes:
@@ -253,6 +254,17 @@ def _shared_numbers(config: Config, count: Parameters) -> tuple[int, int, int]:
     split = _split_numbers(m, config.data.sequence_length)
     twice = m.vocab_size * m.hidden_size if m.tie_embeddings else 0
     return count.computed - experts - split, split + twice, experts
+
+
+def _adapted_numbers(config: Config) -> tuple[int, int, int]:
+    """As `_shared_numbers`, of the matrices that have adapters: a matrix's gradient is summed in full, and its
+    adapters' are made of it."""
+    found = [0, 0, 0]
+    for of, shape in counts.declarations(config.step_model, False, config.data.sequence_length):
+        if counts.is_adapted(of, config.tuning.lora_targets):
+            found[2 if of.part == "experts" else 1 if TENSOR in of.split else 0] += math.prod(shape)
+    everyone, tensor, experts = found
+    return everyone, tensor, experts
 
 
 @functools.lru_cache(maxsize=64)

@@ -16,7 +16,8 @@ from bigmac_jax.model import counts
 from bigmac_jax.model.memory import rank_memory, state_memory
 from bigmac_jax.model.mesh import ExpertGroup
 from bigmac_jax.model.traffic import exchange_traffic, replica_bytes, tensor_bytes
-from bigmac_jax.planning.cost import make_job, step_time
+from bigmac_jax.planning import compiled_programs
+from bigmac_jax.planning.cost import gradient_bytes, make_job, step_time
 from bigmac_jax.planning.hardware import load_hardware
 from bigmac_jax.planning.place import Request
 from bigmac_jax.planning.planner import make_plan
@@ -99,6 +100,32 @@ def test_what_a_rank_trains(mesh: Any) -> None:
     memory = state_memory(config, count, 1, "gpu")
     assert memory["optimizer"] == 4 * moments == 2 * memory["gradients"]
     assert memory["parameters"] == 4 * (count.of_a_rank + adapters)
+
+
+def test_gradients_of_adapted_matrices_are_summed() -> None:
+    """In full, whatever the adapters' rank is, and no others: of those that all ranks share, that `tensor` and that the
+    expert group splits; biases have no adapters."""
+    for targets, everyone, tensor, experts in (
+        ("attention", 0, 4 * 16 * 16, 0),
+        ("attention,shared,experts", 2 * 2 * 4 * 16, 4 * 16 * 16, 2 * 2 * 8 * 4 * 16),
+        ("projections", 2 * 2 * 4 * 16, 0, 0),
+    ):
+        config = config_of("hybrid", MESHES[1], tuning={"lora_targets": targets})
+        config = dataclasses.replace(config, model=dataclasses.replace(config.model, use_bias=True))
+        found = gradient_bytes(config, counts.parameters(config, {}))
+        assert found == (4 * everyone, 4 * tensor, 4 * experts)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("targets", ["attention", "attention,projections,shared,experts"])
+def test_gradients_that_are_summed_are_those_of_the_program(targets: str) -> None:
+    """But for some scalars."""
+    config = config_of("experts", (2, 1, 1), modules=False, tuning={"lora_targets": targets})
+    target = compiled_programs.Target(jax.devices()[:2])
+    step = compiled_programs.describe_programs(config, target, ("step",))["step"]
+    summed = sum(row["sent_bytes"] for row in step["collectives"] if row["kind"] == "all-reduce")
+    counted = sum(gradient_bytes(config, counts.parameters(config, {})))
+    assert counted <= summed < counted + 200
 
 
 @pytest.mark.full
