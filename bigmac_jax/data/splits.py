@@ -55,8 +55,8 @@ def hold_out(documents: Iterable[tuple[str, int]], splits: Sequence[str]) -> tup
     """Chooses what is held out of (key, characters) of documents, and describes the choice in a line.
 
     Few documents: each split gets those that, in the order of their keys, bring it nearer to SHARE of the text, at
-    least one. Of one or two: the end of each, as a whole one would be half of the text. More than FEW, the rest of which
-    is not looked at: a hash decides."""
+    least one. Of one or two: the end of each, as a whole one would be half of the text. More than FEW, the rest of
+    which is not looked at: a hash decides."""
     held = tuple(splits)
     sizes, longest = dict[str, int](), dict[str, int]()  # of all copies of a document, and of one
     for number, (key, size) in enumerate(documents):

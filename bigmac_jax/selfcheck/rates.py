@@ -67,7 +67,7 @@ def all_rates(devices: Sequence[Any], hardware: Hardware | None) -> list[Rate]:
         Rate(
             f"matmul {dtype}",
             "FLOP",
-            lambda: dense_matmul_rate(dtype) / (jax.process_count() if cpu else S),
+            functools.partial(dense_matmul_rate, dtype),
             expected(lambda h: h.flops_per_second(dtype)),
         ),
         Rate("memory", "B", functools.partial(memory_rate, cpu), expected(lambda h: h.memory_bandwidth)),

@@ -1,10 +1,11 @@
 """Distillation: the loss of a model that learns another one's predictions and the outputs of its layers.
 
-    loss = (1 - λ) CE(text) + λ KL(teacher ‖ student) + μ mean over layers of |x - x'|² / |x'|²  (+ the router's losses)
+    loss = (1 - λ) CE(text) + λ KL(teacher ‖ student) + μ mean of |x - x'|² / |x'|²  (+ the router's losses)
 
-λ is tuning.teacher_weight, μ tuning.hidden_weight, x' the teacher's residual stream behind the same layer. The teacher
-is frozen, reads the same windows, drops no token, and is computed beside the student, layer by layer. Of a batch in
-parts the last term is the mean over the parts (Hinton et al. 2015, arXiv 1503.02531; hidden states as in Jiao et al.
+λ is tuning.teacher_weight, μ tuning.hidden_weight, x' the teacher's residual stream behind the same layer; the mean is
+over layers with experts (of a dense model, all), of models of one width. The teacher is frozen, reads the same windows,
+drops no token, and is computed beside the student, layer by layer. Of a batch in parts the last term is the mean over
+the parts (Hinton et al. 2015, arXiv 1503.02531; hidden states as in Jiao et al.
 2020, "TinyBERT").
 
 B batch, L length, T tokens on this rank, C of a chunk, D hidden, V vocabulary, v of it on a rank, Y layers.
@@ -38,7 +39,7 @@ class Gaps(NamedTuple):
     """How far the student is from its teacher."""
 
     divergence: Array  # KL(teacher ‖ student), nats a target
-    hidden_Y: Array  # |x - x'|² / |x'|² of each layer with experts
+    hidden_Y: Array | None  # |x - x'|² / |x'|² of each layer with experts; None of models of two widths
 
 
 def distilled_loss(
@@ -54,14 +55,17 @@ def distilled_loss(
     ce_U = linear_cross_entropy(x_BLD, model.unembedding(), batch.targets_BL, share.targets)
     tables = model.unembedding(), teacher.unembedding()
     kl_U = divergence(x_BLD, teacher_BLD, *tables, batch.targets_BL, share.targets)
-    loss_U = (1 - tuning.teacher_weight) * ce_U + tuning.teacher_weight * kl_U + tuning.hidden_weight * hidden_Y.mean()
+    loss_U = (1 - tuning.teacher_weight) * ce_U + tuning.teacher_weight * kl_U
+    if hidden_Y is not None:
+        loss_U += tuning.hidden_weight * hidden_Y.mean()
     return add_router_losses(model.config.model, share, LossTerms(loss_U, ce_U, stats, gaps=Gaps(kl_U, hidden_Y)))
 
 
 def _side_by_side(
     model: Transformer, teacher: Transformer, batch: Batch, dropout_key: Array | None, share: Share
-) -> tuple[Array, Array, Array, Any]:
+) -> tuple[Array, Array, Array | None, Any]:
     """Computes features of both models, gaps between their layers, and the student's statistics."""
+    one_width = model.config.model.hidden_size == teacher.config.model.hidden_size
     documents = None if batch.segments_BL is None else find_documents(batch.segments_BL)
     padding = share.padding(batch)
     position_BL = None if documents is None else documents.position_BL
@@ -73,6 +77,8 @@ def _side_by_side(
         x_BLD, stats = layer(x_BLD, key, False, documents, padding, share.choices)
         t_BLD, _ = of_teacher(t_BLD, None, True, documents, padding)
         t_BLD = jax.lax.stop_gradient(t_BLD)
+        if not one_width:
+            return (x_BLD, t_BLD), (stats, None)
         ours, theirs = (v.astype(jnp.float32) for v in (x_BLD, t_BLD))
         squares = [per_replica(jnp.square(v) * real_BL1).sum((1, 2, 3)) for v in (ours - theirs, theirs)]
         return (x_BLD, t_BLD), (stats, squares)
@@ -81,8 +87,10 @@ def _side_by_side(
     carry = x_BLD, jax.lax.stop_gradient(teacher.embed(batch.inputs_BL, position_BL))
     stacks = list(zip(model.stacks(), teacher.stacks(), strict=True))
     (x_BLD, t_BLD), (stats, squares) = through_layers(model.config, step, carry, stacks, keys_Y)
-    gaps_Y, sizes_Y = (squares_YU.sum(1) for squares_YU in squares)
-    hidden_Y = gaps_Y / jnp.maximum(sizes_Y, 1e-20)
+    hidden_Y = None
+    if squares is not None:
+        gaps_Y, sizes_Y = (squares_YU.sum(1) for squares_YU in squares)
+        hidden_Y = gaps_Y / jnp.maximum(sizes_Y, 1e-20)
     return model.final_norm(x_BLD), jax.lax.stop_gradient(teacher.final_norm(t_BLD)), hidden_Y, stats
 
 

@@ -126,7 +126,9 @@ class RunConstants:
         # While a token's choices are fewer than model.top_k (train.choices_from), so are the experts' FLOPs.
         self.choices = config.model.choices
         self.flops_per_choice = flops(config).get("experts", 0.0) / max(1, self.choices)
-        self.peak_flops = dense_matmul_rate(config.execution.dtype)
+        # Simulated CPU devices share the cores that one of them can use alone; a mesh may leave others idle.
+        used = jax.process_count() if jax.default_backend() == "cpu" else ranks()
+        self.peak_flops = dense_matmul_rate(config.execution.dtype) * used
         self.wire_bytes = round(sum(exchange_traffic(config, ranks(), current_group()).padded))
 
 
@@ -151,7 +153,9 @@ def step_record(step: int, metrics: StepMetrics, seconds: float, run: RunConstan
     if metrics.choices is not None:
         record["moe/choices"] = int(metrics.choices)
     if gaps is not None:
-        record |= {"teacher/divergence": float(gaps.divergence), "teacher/hidden": float(np.mean(gaps.hidden_Y))}
+        record["teacher/divergence"] = float(gaps.divergence)
+        if gaps.hidden_Y is not None:
+            record["teacher/hidden"] = float(np.mean(gaps.hidden_Y))
     if next_K is not None:
         record["mtp/loss"] = float(np.mean(next_K))
         numbered = enumerate(next_K if len(next_K) > 1 else (), 1)
@@ -189,9 +193,8 @@ def moe_record(aux: Aux, run: RunConstants) -> dict[str, Any]:
 
 
 def dense_matmul_rate(dtype: str) -> float:
-    """Measures the FLOPs a second that the job's devices reach on a square matmul, which MFU is relative to."""
-    cpu = jax.default_backend() == "cpu"
-    n = 2048 if cpu else 8192
+    """Measures the FLOPs a second that a device reaches on a square matmul, which MFU is relative to."""
+    n = 2048 if jax.default_backend() == "cpu" else 8192
     device = jax.local_devices()[0]
     seconds = []
     with jax.set_mesh(jax.sharding.Mesh([device], ("one",))):  # the run's mesh does not take arrays of one device
@@ -201,8 +204,7 @@ def dense_matmul_rate(dtype: str) -> float:
             start = time.perf_counter()
             multiply(x, x).block_until_ready()
             seconds.append(time.perf_counter() - start)
-    # Simulated CPU devices share the cores that one of them can use alone.
-    return 2 * n**3 / min(seconds) * (jax.process_count() if cpu else jax.device_count())
+    return 2 * n**3 / min(seconds)
 
 
 def describe_auto(config: Config) -> str:

@@ -224,8 +224,8 @@ def test_ends_that_are_held_out_by_hand() -> None:
     assert [held.portion("x", split) for split in SPLITS] == [(0, 900), (900, 950), (950, None)]
     held = HeldOut(("test",), sizes={text_key("x"): 1000})
     assert [held.portion("x", split) for split in ("train", "test")] == [(0, 950), (950, None)]
-    for splits in (("test", "validation"), ("test",)):  # for one split, too: a whole one would be half of the text
-        held, line = hold_out([("k", 1), ("l", 2)], splits)
+    for given in (("test", "validation"), ("test",)):  # for one split, too: a whole one would be half of the text
+        held, line = hold_out([("k", 1), ("l", 2)], given)
         assert held.sizes == {"k": 1, "l": 2} and line.startswith("the end of each of 2 documents is")
     assert HeldOut(()).portion("x", "test") == WHOLE
 

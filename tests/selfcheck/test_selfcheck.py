@@ -396,14 +396,13 @@ def test_the_rate_of_training(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_rates_are_of_one_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On CPU the product is one device's already: simulated devices share its cores."""
     monkeypatch.setattr(rates, "dense_matmul_rate", {"float32": 96.0, "bfloat16": 192.0}.__getitem__)
     monkeypatch.setattr(rates, "training_rate", lambda config, devices: 60.0 * config.mesh.expert * len(devices))
     monkeypatch.setattr(rates, "exchange_rate", lambda devices, sent: len(devices) * sent)
     monkeypatch.setattr(rates, "memory_rate", lambda cpu: 5.0 + cpu)
     for platform, expected in (
         ("cpu", {"matmul float32": 96, "memory": 6, "all-to-all": 3 * 2**22, "training step": 180}),
-        ("gpu", {"matmul bfloat16": 64, "memory": 5, "all-to-all": 3 * 2**26, "training step": 180}),
+        ("gpu", {"matmul bfloat16": 192, "memory": 5, "all-to-all": 3 * 2**26, "training step": 180}),
     ):
         found = all_rates([types.SimpleNamespace(platform=platform)] * 3, None)
         assert {rate.name: rate.measure() for rate in found} == expected

@@ -26,12 +26,13 @@ def student_of(mesh: tuple[int, ...], teacher_weight: float, hidden_weight: floa
     return dataclasses.replace(config, tuning=tuning)
 
 
-def pair(config: Config, same: bool = False) -> tuple[Any, Any]:
-    """A student, and a fine_grained teacher (or one that is the student itself)."""
+def pair(config: Config, same: bool = False, width: int = 0) -> tuple[Any, Any]:
+    """A student, and a fine_grained teacher, perhaps of another width (or one that is the student itself)."""
     student = random_like(abstract_model(config), config)
     if same:
         return student, student
-    wide = dataclasses.replace(config, model=dataclasses.replace(config.model, structure="fine_grained"))
+    of_teacher = {"structure": "fine_grained", "hidden_size": width or config.model.hidden_size}
+    wide = dataclasses.replace(config, model=dataclasses.replace(config.model, **of_teacher))
     moved = jax.tree.map(lambda leaf: leaf * 1.3, random_like(abstract_model(wide), wide))
     return student, moved
 
@@ -42,8 +43,8 @@ def batch_of(config: Config) -> Batch:
     return place(batch._replace(targets_BL=np.where(left_out_BL, NO_TARGET, batch.targets_BL)), batch_spec(2))
 
 
-def value_and_gradient(config: Config, same: bool = False) -> tuple[float, Any, dict[str, np.ndarray]]:
-    student, teacher = pair(config, same)
+def value_and_gradient(config: Config, *of_pair: Any) -> tuple[float, Any, dict[str, np.ndarray]]:
+    student, teacher = pair(config, *of_pair)
     graphdef, params, rest = split_model(student)
 
     def loss(params: Any, teacher: Any, batch: Batch) -> Any:
@@ -54,9 +55,9 @@ def value_and_gradient(config: Config, same: bool = False) -> tuple[float, Any, 
     return float(value), parts, leaves(gradient)
 
 
-def reference(config: Config) -> tuple[float, dict[str, np.ndarray]]:
+def reference(config: Config, width: int = 0) -> tuple[float, dict[str, np.ndarray]]:
     """From whole logits, and layers called one after the other."""
-    student, teacher = pair(config)
+    student, teacher = pair(config, width=width)
     graphdef, params, rest = split_model(student)
     weight, mu = config.tuning.teacher_weight, config.tuning.hidden_weight
     batch = batch_of(config)
@@ -82,9 +83,10 @@ def reference(config: Config) -> tuple[float, dict[str, np.ndarray]]:
         gaps = [
             (jnp.square(x - t) * real_BL[..., None]).sum() / (jnp.square(t) * real_BL[..., None]).sum()
             for x, t in zip(ours, theirs, strict=True)
+            if mu
         ]
         plain, parts = loss_fn(model, batch)
-        return plain - weight * parts.cross_entropy_U.mean() + weight * kl + mu * sum(gaps) / len(gaps)
+        return plain - weight * parts.cross_entropy_U.mean() + weight * kl + mu * sum(gaps) / len(ours)
 
     value, gradient = jax.jit(jax.value_and_grad(loss))(params)
     return float(value), leaves(gradient)
@@ -104,12 +106,25 @@ def test_the_loss_and_its_gradient(mesh: tuple[int, ...]) -> None:
         np.testing.assert_allclose(found[name], gradient[name], atol=2e-5, err_msg=name)
 
 
+@pytest.mark.parametrize("mesh", [(1, 1, 1), pytest.param((1, 2, 2), marks=pytest.mark.full)])
+def test_a_wider_teacher(mesh: tuple[int, ...]) -> None:
+    """Its predictions are learned alone."""
+    config = student_of(mesh, 0.7, 0.0)
+    with on_mesh(config):
+        wanted, gradient = reference(config, 32)
+        value, parts, found = value_and_gradient(config, False, 32)
+    np.testing.assert_allclose(value, wanted, rtol=1e-5)
+    assert parts.gaps.divergence > 0.01 and parts.gaps.hidden_Y is None
+    for name in gradient:
+        np.testing.assert_allclose(found[name], gradient[name], atol=2e-5, err_msg=name)
+
+
 @pytest.mark.full
 @pytest.mark.parametrize("remat", ["none", "layer", "exchange"])
 def test_a_model_is_its_own_best_pupil(remat: str) -> None:
     """Nothing is to be learned, whatever is kept for the backward pass."""
     config = student_of((1, 1, 2), 1.0, 1.0, remat=remat, balance="none")
     with on_mesh(config):
-        value, parts, gradient = value_and_gradient(config, same=True)
+        value, parts, gradient = value_and_gradient(config, True)
     assert abs(value) < 1e-6 and abs(float(parts.gaps.divergence.mean())) < 1e-6
     assert max(np.abs(leaf).max() for leaf in gradient.values()) < 1e-5

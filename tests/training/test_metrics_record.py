@@ -70,6 +70,7 @@ def test_what_a_step_has_learned_from() -> None:
     assert list(LossParts._fields) == ["cross_entropy", "aux", "pairs", "gaps", "next_K"]
     pairs, gaps = PairMetrics(jnp.float32(0.75), jnp.float32(0.5)), Gaps(jnp.float32(0.125), jnp.asarray([0.5, 0.25]))
     record = record_of(pairs=pairs, gaps=gaps, next_K=jnp.asarray([2.0, 4.0]))
+    assert "teacher/hidden" not in record_of(pairs=None, gaps=gaps._replace(hidden_Y=None), next_K=None)
     assert (record["dpo/accuracy"], record["dpo/margin"]) == (0.75, 0.5) and "perplexity" not in record
     assert (record["teacher/divergence"], record["teacher/hidden"]) == (0.125, 0.375)
     assert [record[f"mtp/loss{end}"] for end in ("", "_1", "_2")] == [3.0, 2.0, 4.0] and "mtp/loss_3" not in record
@@ -103,7 +104,7 @@ def test_the_constants_of_a_run(monkeypatch: pytest.MonkeyPatch) -> None:
         config = tiny((1, 1, 2), length=16, structure=structure, dtype="float32")
         with on_mesh(config):
             run, done = RunConstants(config), flops(config)
-        assert run.tokens_per_step == 8 * 16 and run.peak_flops == 5.0
+        assert run.tokens_per_step == 8 * 16 and run.peak_flops == 5.0  # two simulated devices share the cores of one
         assert run.flops_per_step == sum(done.values()) > run.causal_flops_per_step == sum(flops(config, True).values())
         if choices:
             assert run.choices == choices and run.flops_per_choice == done["experts"] / choices
@@ -140,17 +141,27 @@ def test_memory_is_that_of_the_fullest_device(monkeypatch: pytest.MonkeyPatch) -
     assert metrics.memory_record() == {}
 
 
-@pytest.mark.parametrize(("backend", "n", "times"), [("cpu", 2048, 3), ("gpu", 8192, 5)])
-def test_the_rate_that_mfu_is_relative_to(backend: str, n: int, times: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of the fastest of three, here the last; processes on CPUs and all other devices compute beside each other."""
+def test_a_peak_is_that_of_the_devices_in_the_mesh(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of CPUs, that of the processes."""
+    monkeypatch.setattr(metrics, "dense_matmul_rate", lambda dtype: 5.0)
+    config = tiny((1, 1, 2))
+    with on_mesh(config):
+        monkeypatch.setattr(jax, "process_count", lambda: 3)
+        assert RunConstants(config).peak_flops == 15.0
+        monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+        assert RunConstants(config).peak_flops == 10.0 and jax.device_count() > 2
+
+
+@pytest.mark.parametrize(("backend", "n"), [("cpu", 2048), ("gpu", 8192)])
+def test_the_rate_that_mfu_is_relative_to(backend: str, n: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the fastest of three, here the last."""
     ones, shapes, dtypes = np.ones, list[Any](), list[Any]()
     seconds = iter([0.0, 10.0, 10.0, 12.0, 12.0, 12.5])
     monkeypatch.setattr(np, "ones", lambda shape, dtype: (shapes.append(shape), ones((2, 2), dtype))[1])
     monkeypatch.setattr(metrics, "time", SimpleNamespace(perf_counter=lambda: next(seconds)))
-    for name, value in {"default_backend": backend, "process_count": 3, "device_count": 5}.items():
-        monkeypatch.setattr(jax, name, lambda value=value: value)
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)
     monkeypatch.setattr(jax, "jit", lambda _: lambda x, y: (dtypes.append(str(x.dtype)), x)[1])
-    assert metrics.dense_matmul_rate("bfloat16") == 2 * n**3 / 0.5 * times
+    assert metrics.dense_matmul_rate("bfloat16") == 2 * n**3 / 0.5
     assert shapes == [(n, n)] and dtypes == ["bfloat16"] * 3
 
 
