@@ -307,13 +307,14 @@ def _sweep(rows: list[Mapping[str, Any]]) -> Table:
 def _search(rows: list[Mapping[str, Any]]) -> Table:
     """The first dozen."""
     title = "The fastest that fit, by the cost model" if any(row["fits"] for row in rows) else "The nearest to fit"
-    table = make_table(title, "data × node × expert × tensor", "fsdp", "split experts", "exchange", "chunks", "remat",
+    table = make_table(title, " × ".join(rows[0]["mesh"]), "fsdp", "split experts", "exchange", "chunks", "remat",
                        "moments", "parts", "memory", "left", *_TIME_COLUMNS)  # fmt: skip
-    yes, where = {True: "yes", False: ""}, {True: "host", False: ""}
+    yes = {True: "yes", False: ""}
     for row in rows[:12]:
+        moments = {"host": row["offload_optimizer"], "split": row["replica_optimizer"] == "sharded"}
         table.add_row(
             " × ".join(map(str, row["mesh"].values())), yes[row["fsdp"]], yes[row["split_experts"]], row["exchange"],
-            str(row["overlap_chunks"]), row["remat"], where[row["offload_optimizer"]],
+            str(row["overlap_chunks"]), row["remat"], ", ".join(name for name, is_so in moments.items() if is_so),
             str(row["accumulate_steps"]), size(row["memory"]),
             percent(row["headroom"]), *_time_cells(row["time"]),
         )  # fmt: skip

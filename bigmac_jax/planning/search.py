@@ -173,6 +173,7 @@ def _row(candidate: Candidate) -> dict[str, Any]:
         "overlap_chunks": execution.overlap_chunks,
         "remat": execution.remat,
         "offload_optimizer": execution.offload_optimizer,
+        "replica_optimizer": mesh.replica_optimizer,
         "accumulate_steps": candidate.config.train.accumulate_steps,
         "fits": candidate.fits,
         "memory": sum(candidate.memory.values()),

@@ -1,10 +1,12 @@
 """The search over meshes and settings: what it tries is valid, what it skips is slower, what it says is so."""
 
+import io
 import itertools
 from dataclasses import replace
 from typing import Any
 
 import pytest
+from rich.console import Console
 
 from bigmac_jax.config import (
     Config,
@@ -21,6 +23,7 @@ from bigmac_jax.config import (
 from bigmac_jax.model import counts
 from bigmac_jax.model.memory import rank_memory
 from bigmac_jax.model.mesh import axis_sizes
+from bigmac_jax.planning import report
 from bigmac_jax.planning import search as searching
 from bigmac_jax.planning.candidates import REMAT, Machine, variants
 from bigmac_jax.planning.cluster import mesh_group
@@ -329,3 +332,21 @@ def test_the_least_change_of_each_kind_is_said(monkeypatch: pytest.MonkeyPatch) 
         fits.clear()
         fits |= holds
         assert searching.what_would_fit(own, machine) == said
+
+
+def test_rows_that_differ_look_different() -> None:
+    """Each number of a mesh stands under its axis; what is split over replicas is said."""
+    time = {"total": 1.0, "exchange_share": 0.25, "tokens_per_s": 8.0}
+    sizes = {"replica": 2, "data": 1, "node": 1, "expert": 4, "tensor": 1}
+    row: dict[str, Any] = {"mesh": sizes, "fsdp": True, "split_experts": False, "exchange": "dedup",
+        "overlap_chunks": 1, "remat": "none", "offload_optimizer": False, "replica_optimizer": "copied",
+        "accumulate_steps": 1, "fits": True, "memory": 8, "headroom": 0.5, "time": time}  # fmt: skip
+    rows = [row, row | {"replica_optimizer": "sharded"}, row | {"offload_optimizer": True}]
+    written = io.StringIO()
+    Console(file=written, width=200).print(report._search(rows))
+    text = written.getvalue()
+    assert "replica × data × node × expert × tensor" in text and text.count("2 × 1 × 1 × 4 × 1") == 3
+    lines = [line for line in text.splitlines() if "dedup" in line]
+    assert [("split" in line.replace("split experts", ""), "host" in line) for line in lines] == [
+        (False, False), (True, False), (False, True),
+    ]  # fmt: skip
