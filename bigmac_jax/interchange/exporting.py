@@ -101,25 +101,31 @@ def export_model(
     dtypes = {tensor.name: DTYPES["float32"] if tensor.exact else given for tensor in tensors}
     specs = [Spec(stored, shape, dtypes[stored]) for stored, shape in stored_shapes(tensors, leaves).items()]
     arrays = _read_values(tensors, leaves)
-    if not hosts.is_first():
-        for _ in arrays:  # takes part in gathering
-            pass
-        return name
-    with tensor_files.whole_or_nothing(output) as directory:
-        tensor_files.write_shards(directory, tensor_files.split_shards(specs, size), arrays)
-        ids: dict[str, Any] = {"bos_token_id": None, "eos_token_id": ends}
-        values = layout.to_json(config, leaves) | {"dtype": dtype}
-        write_json(directory / "config.json", values if layout is plain else values | ids | {"pad_token_id": None})
-        if tokenizer:
-            tokenizer_files.write_tokenizer(directory, config, tokenizer, chat)
-        if chat.template:
-            (directory / CHAT_TEMPLATE).write_text(chat.template)
-        if tokenizer and layout is not plain:
-            write_json(directory / "generation_config.json", ids | {"pad_token_id": tokenizer.eos_id})
-        for file in bigmac.CODE if layout is bigmac else ():
-            shutil.copyfile(file, directory / file.name)
-        card = model_card.make_card(config, name, trained, output.name, tokenizer is not None, bool(chat.template))
-        (directory / "README.md").write_text(card)
+
+    def write() -> None:
+        with tensor_files.whole_or_nothing(output) as directory:
+            tensor_files.write_shards(directory, tensor_files.split_shards(specs, size), arrays)
+            ids: dict[str, Any] = {"bos_token_id": None, "eos_token_id": ends}
+            values = layout.to_json(config, leaves) | {"dtype": dtype}
+            write_json(directory / "config.json", values if layout is plain else values | ids | {"pad_token_id": None})
+            if tokenizer:
+                tokenizer_files.write_tokenizer(directory, config, tokenizer, chat)
+            if chat.template:
+                (directory / CHAT_TEMPLATE).write_text(chat.template)
+            if tokenizer and layout is not plain:
+                write_json(directory / "generation_config.json", ids | {"pad_token_id": tokenizer.eos_id})
+            for file in bigmac.CODE if layout is bigmac else ():
+                shutil.copyfile(file, directory / file.name)
+            card = model_card.make_card(config, name, trained, output.name, tokenizer is not None, bool(chat.template))
+            (directory / "README.md").write_text(card)
+
+    with hosts.raise_together():
+        try:
+            if hosts.is_first():
+                write()
+        finally:  # all of them gather every layer, whatever process 0 could write
+            for _ in arrays if hosts.is_distributed() else ():
+                pass
     return name
 
 

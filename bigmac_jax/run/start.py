@@ -117,26 +117,30 @@ def start(config: Config, workdir: pathlib.Path, asked: Config | None = None) ->
         hosts.say(f"checkpoint {step} holds some of the experts; train on, with train.steps above {step}, to save all")
     _score_reference(config, trainer, inputs, models.origin)
     inputs.batches.set_state(position, step)
-    if hosts.is_first():
-        for note in resume_warnings(workdir, config, dict(mesh.shape), step) if resumed and step else ():
-            _log.warning("%s", note)
-        # Only now: a start that failed leaves the workdir free.
-        fingerprints = run_data.fingerprint_held_out(config) | inputs.fingerprints
-        history = None if resumed else pretrained.history_of(models.origin)
-        parts, own = config.train.accumulate_steps, inputs.tokenizer
-        write_run(workdir, asked or config, fingerprints, dict(mesh.shape), own, inputs.chat, history, parts)
+    with hosts.raise_together():  # of what process 0 alone meets, such as a full disk
+        if hosts.is_first():
+            for note in resume_warnings(workdir, config, dict(mesh.shape), step) if resumed and step else ():
+                _log.warning("%s", note)
+            # Only now: a start that failed leaves the workdir free.
+            fingerprints = run_data.fingerprint_held_out(config) | inputs.fingerprints
+            history = None if resumed else pretrained.history_of(models.origin)
+            parts, own = config.train.accumulate_steps, inputs.tokenizer
+            write_run(workdir, asked or config, fingerprints, dict(mesh.shape), own, inputs.chat, history, parts)
     _describe(config, state, inputs.train.num_tokens, step, models.origin)
     return Start(trainer, compiling, checkpoints, inputs, models, step, state, position)
 
 
 def _open_models(config: Config, workdir: pathlib.Path) -> tuple[bool, Models]:
     """Whether the run has begun before, which its config must fit, and the models that it needs."""
-    with hosts.raise_together():
+
+    def look() -> tuple[bool, bool]:
         check_dashboards(config.train.wandb)
         resumed = has_run(workdir)
         saved = read_config(workdir) if resumed else config
         check_resume(saved, config)
-        needed = bool(config.train.init_from) and _looks_back(config, saved, workdir)
+        return resumed, bool(config.train.init_from) and _looks_back(config, saved, workdir)
+
+    resumed, needed = hosts.run_on_first(look)  # others may see the folder later
     origin = pretrained.open_init_from(workdir, config) if needed else None
     return resumed, Models(origin, open_teacher(workdir, config) if config.tuning.teacher else None)
 

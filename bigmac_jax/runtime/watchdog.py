@@ -217,8 +217,9 @@ class Watchdog:
         if self._me:
             first = self._peers[0]
             errors = self._lost >= 2 or (self._error and first.silent() > max(_LEAST, 2 * self.beat))
-            if first.ended:
-                return ""
+            if first.ended:  # it waits for the others, and then says no more
+                left = first.silent() > max(_GRACE, 3 * self.beat) and not self._error
+                return "process 0 has ended; its line says why" if left else ""
             if first.state and (errors or first.died()):
                 return f"{first} has died"
             return self._name_silent([first])

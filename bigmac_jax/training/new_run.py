@@ -47,5 +47,6 @@ def write_new_run(workdir: pathlib.Path, config: Config, model: Transformer, his
     checkpoints.close()
     if saved is None:
         raise ConfigError(f"{workdir} cannot be written (see above); free space, or give another folder")
-    if hosts.is_first():
-        write_config(config, workdir, history=list(history))
+    with hosts.raise_together():
+        if hosts.is_first():
+            write_config(config, workdir, history=list(history))

@@ -107,11 +107,12 @@ def export_adapters(
             f"{_PREFIX}{place.module}{inside}.{name}": value if exact else value.astype(given)
             for name, value in found.items()
         }
-    if hosts.is_first():
-        with tensor_files.whole_or_nothing(output) as directory:
-            save_file(values, directory / "adapter_model.safetensors", metadata={"format": "pt"})
-            settings = json.dumps(_settings(config, places), indent=2, allow_nan=False)
-            (directory / "adapter_config.json").write_text(settings + "\n")
+    with hosts.raise_together():
+        if hosts.is_first():
+            with tensor_files.whole_or_nothing(output) as directory:
+                save_file(values, directory / "adapter_model.safetensors", metadata={"format": "pt"})
+                settings = json.dumps(_settings(config, places), indent=2, allow_nan=False)
+                (directory / "adapter_config.json").write_text(settings + "\n")
     return sum(leaf.size for leaf in adapters.values())
 
 

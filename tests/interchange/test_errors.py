@@ -1,22 +1,28 @@
 """What cannot be read or written is one line; what fails half-way leaves nothing behind."""
 
+import collections
+import errno
 import json
+import os
 import pathlib
 import shutil
+import threading
 import types
 import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
+from unittest import mock
 
 import jax
 import numpy as np
 import pytest
 from model.tools import leaves, on_mesh, random_model
 from safetensors.numpy import load_file, save_file
+from threads_as_processes import run_as_processes
 
 from bigmac_jax.config import ConfigError
 from bigmac_jax.data.tokenizer import ByteTokenizer, JsonTokenizer, train_bpe
-from bigmac_jax.interchange import export_model, exporting, import_model, import_run, open_checkpoint
+from bigmac_jax.interchange import export_model, exporting, import_model, import_run, open_checkpoint, tensor_files
 from bigmac_jax.interchange.importing import find_tokenizer
 from bigmac_jax.interchange.tensor_files import Spec, parse_size, split_shards, whole_or_nothing, write_shards
 from bigmac_jax.interchange.tokenizer_files import write_tokenizer
@@ -275,6 +281,31 @@ def test_an_export_is_whole_or_nothing(exported: Any, tmp_path: pathlib.Path, mo
         (directory / "part").write_text("")
         raise KeyError
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_what_process_0_cannot_write_ends_all(exported: Any, tmp_path: pathlib.Path, monkeypatch: Any) -> None:
+    """After all have gathered every layer: none waits for one that has ended."""
+    config, model, _ = exported
+    gathered = collections.Counter[str]()
+
+    def gather_layer(leaf: Any, layer: int | None) -> np.ndarray:
+        gathered[threading.current_thread().name] += 1
+        return exporting_gathers(leaf, layer)
+
+    def work(process: int) -> None:
+        with on_mesh(config):
+            export_model(config, model, tmp_path / "out", max_shard_size="20KB")
+
+    exporting_gathers, full = exporting.gather_layer, OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    monkeypatch.setattr(exporting, "gather_layer", gather_layer)
+    monkeypatch.setattr(tensor_files, "save_file", mock.Mock(side_effect=full))  # of the first shard
+    told = run_as_processes(monkeypatch, 2, work)
+    assert [type(error) for error in told] == [ConfigError, ConfigError]
+    assert {str(error) for error in told} == {
+        f"--output={tmp_path / 'out'} cannot be written (No space left on device); give another one"
+    }
+    assert len(gathered) == 2 and len(set(gathered.values())) == 1
+    assert not any(tmp_path.iterdir())
 
 
 def test_shards_by_hand() -> None:

@@ -1,14 +1,20 @@
-"""What a start reads of the model that its run begins with."""
+"""What a start reads of the model that its run begins with, and what processes learn of each other."""
 
 import dataclasses
 import json
 import pathlib
 from typing import Any
+from unittest import mock
 
 import pytest
+from threads_as_processes import run_as_processes
 
-from bigmac_jax.config import Config
+from bigmac_jax.config import Config, ConfigError
+from bigmac_jax.data.chat_files import NO_CHAT
+from bigmac_jax.data.tokenizer import ByteTokenizer
+from bigmac_jax.run import start
 from bigmac_jax.run.start import _looks_back
+from bigmac_jax.runtime import hosts
 
 
 @pytest.mark.parametrize(
@@ -40,3 +46,25 @@ def test_who_opens_the_model_that_a_run_begins_with(
     for name, value in tuning.items():
         object.__setattr__(config.tuning, name, value)
     assert _looks_back(config, saved, tmp_path) == expected
+
+
+def test_what_process_0_cannot_write_ends_all(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("check_shared", "make_trainer", "_score_reference", "_describe"):
+        monkeypatch.setattr(start, name, mock.Mock())
+    monkeypatch.setattr(start, "_open_models", lambda *_: (False, start.Models(None, None)))
+    inputs = mock.Mock(fingerprints={}, tokenizer=ByteTokenizer(), chat=NO_CHAT)
+    monkeypatch.setattr(start, "_open_inputs", lambda *_: inputs)
+    monkeypatch.setattr(start, "Checkpoints", lambda *_: mock.Mock(latest=lambda: Config().train.steps))
+    monkeypatch.setattr(start, "restore_or_begin", lambda *_: (Config().train.steps, mock.Mock(), {}))
+    (tmp_path / "config.json.tmp").mkdir()  # as a full disk: config.json cannot be written
+    told = run_as_processes(monkeypatch, 2, lambda _: start.start(Config(), tmp_path))
+    assert [type(error) for error in told] == [ConfigError, ConfigError], told
+    assert all(f"{tmp_path / 'config.json'} cannot be written" in str(error) for error in told)
+
+
+def test_process_0_says_whether_the_run_has_begun(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Others may see the folder later."""
+    monkeypatch.setattr(start, "has_run", lambda _: hosts.is_first())
+    monkeypatch.setattr(start, "read_config", lambda _: Config())
+    told = run_as_processes(monkeypatch, 2, lambda _: start._open_models(Config(), tmp_path))
+    assert [resumed for resumed, _ in told] == [True, True]

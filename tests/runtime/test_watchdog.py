@@ -200,6 +200,19 @@ def test_who_has_ended_is_not_missed(job: Job) -> None:
     assert job.line() == ""
 
 
+def test_who_goes_on_long_after_process_0_ends(job: Job) -> None:
+    """As where that has met an error alone: it tells its end, waits for the others, and says no more."""
+    job.watches[0]._ended = True
+    job.tell()
+    first = job.watches[1]._peers[0]
+    first.heard_at -= 14
+    assert job.line(1) == ""
+    first.heard_at -= 2
+    assert job.line(1) == "process 0 has ended; its line says why"
+    job.watches[1]._error = "OSError: its own"
+    assert job.line(1) == ""
+
+
 def test_a_large_job_beats_slowly() -> None:
     jobs = ((2, 2), (120, 2), (20, 256), (600, 8))
     assert [Watchdog(timeout, Store(), 0, count).beat for timeout, count in jobs] == [1.0, 5.0, 4.0, 5.0]
