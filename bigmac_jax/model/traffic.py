@@ -66,7 +66,7 @@ def exchanges_again(config: Config) -> bool:
     return config.execution.remat in ("layer", "offload")
 
 
-def tensor_bytes(config: Config, sizes: Sizes) -> float:
+def tensor_bytes(config: Config, sizes: Sizes, group: ExpertGroup) -> float:
     """Bytes that a rank sends to its `tensor` ranks in a training step.
 
     A layer's attention gathers its input and scatters its output, and their gradients the other way round; so does a
@@ -84,7 +84,6 @@ def tensor_bytes(config: Config, sizes: Sizes) -> float:
     moved += m.count_trained("-") * tokens * m.hidden_size * (2 * passes + 2 + again)
     if m.is_moe and config.mesh.split_experts:
         at_a_time = tokens_at_a_time(config, ranks)
-        group = ExpertGroup((sizes["node"], sizes["expert"]), "gpu", "")
         exchange = choose_exchange(config, m.capacity_factor, at_a_time, group)
         rows = tokens / at_a_time * received_rows(exchange, at_a_time, m.choices)
         # Sums that an exchange brings back are needed again with the exchange alone.

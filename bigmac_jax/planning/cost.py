@@ -189,7 +189,7 @@ def exchange_seconds(setting: Setting, imbalance: float = 1.0) -> float:
 def tensor_seconds(setting: Setting) -> float:
     """Seconds of gathers and scatters over mesh.tensor."""
     here = setting.here
-    return here.around(tensor_bytes(setting.config, here.sizes), here.tensor)
+    return here.around(tensor_bytes(setting.config, here.sizes, setting.group), here.tensor)
 
 
 def gather_seconds(setting: Setting) -> float:

@@ -122,7 +122,7 @@ def test_bytes_over_tensor_are_the_counted_ones(mesh: tuple[Any, ...], model: di
     found = [r for r in compiled(made)["collectives"] if r["axes"] == ("tensor",) and r["kind"] != "all-reduce"]
     rows = [r for r in found if r["role"] == "other"]
     sizes = {"data": made.mesh.data, "node": made.mesh.node, "expert": made.mesh.expert, "tensor": made.mesh.tensor}
-    counted = tensor_bytes(made, sizes)
+    counted = tensor_bytes(made, sizes, ExpertGroup((1, made.mesh.expert), "cpu", "cpu"))
     sent = sum(r["sent_bytes"] for r in rows)
     # Where rows do not stand by expert, their gates and experts are gathered as well.
     by_expert = made.execution.exchange == "all_to_all" and not made.dropless

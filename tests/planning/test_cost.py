@@ -163,7 +163,7 @@ def test_what_tensor_and_gather_send_goes_over_their_own_links() -> None:
     """Of v5e:4x8 `tensor` is a line of two, over which an expert group of four lies as every second chip: 2 × 4."""
     c, mesh = config(exchange="gather", vocab_size=264), sizes(4, 1, 4) | {"tensor": 2}
     job, here = make_job(c, mesh, V5E, (4, 8)), cluster(mesh, V5E, (4, 8))
-    assert job.tensor_sent == pytest.approx(tensor_bytes(c, mesh) / 50e9)
+    assert job.tensor_sent == pytest.approx(tensor_bytes(c, mesh, mesh_group(mesh, V5E)) / 50e9)
     traffic = exchange_traffic(c, 32, mesh_group(mesh, V5E))
     flat = here.exchange(traffic.metadata.times(1 / 32), traffic.exchanges)
     assert here.around(1, 4, 2) == pytest.approx(1 / (2 / 2 * 50e9))
@@ -353,6 +353,15 @@ def test_a_sequence_over_tensor() -> None:
     # Experts that are split take all rows of both, 4 a token.
     assert layers(on_mesh(config(vocab_size=264), split_experts=True)) == (1 + 4) * moved / 100
     assert layers(config(vocab_size=264, remat="layer")) == 1.5 * moved / 100
+
+
+def test_experts_over_tensor_take_the_rows_of_the_exchange_that_the_machine_has() -> None:
+    """`auto` of a config that takes `ragged` elsewhere takes `gather` on v5e, which has none."""
+    mesh, sent = sizes(expert=8) | {"tensor": 2}, {}
+    for name in ("auto", "gather", "ragged"):
+        c = config(exchange=name, vocab_size=264, num_experts=64, top_k=8, capacity_factor=math.inf)
+        sent[name] = make_job(on_mesh(c, expert=8, tensor=2, split_experts=True), mesh, V5E).tensor_sent
+    assert sent["auto"] == sent["gather"] < sent["ragged"]
 
 
 def test_tensor_ranks_leave_less_of_a_machine_to_an_expert_group() -> None:

@@ -57,7 +57,7 @@ def trained(config: Config, sizes: dict[str, int]) -> dict[str, Any]:
     return {
         "flops": (counts.flops(config), counts.flops(config, causal=True)),
         "exchange": exchange_traffic(config, ranks, group),
-        "tensor": tensor_bytes(config, sizes),
+        "tensor": tensor_bytes(config, sizes, group),
         "replicas": replica_bytes(config, sizes | {"replica": 2}),
         "memory": {part: size for part, size in memory.items() if part != "parameters"},
         "parameters": count._replace(total=0, parts={}, of_a_rank=0),

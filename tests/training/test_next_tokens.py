@@ -282,7 +282,8 @@ def test_bytes_over_tensor_are_the_counted_ones(fields: dict[str, Any]) -> None:
     config = tiny((2, 1, 1, 4) if fields else (2, 1, 2, 2), capacity_factor=1.0, mtp_modules=1, **fields)
     rows = [row for row in compiled(config)["collectives"] if row["axes"] == ("tensor",) and row["role"] == "other"]
     sizes = {axis: getattr(config.mesh, axis) for axis in ("data", "node", "expert", "tensor")}
-    assert sum(row["sent_bytes"] for row in rows if row["kind"] != "all-reduce") == tensor_bytes(config, sizes)
+    counted = tensor_bytes(config, sizes, ExpertGroup((1, config.mesh.expert), "cpu", "cpu"))
+    assert sum(row["sent_bytes"] for row in rows if row["kind"] != "all-reduce") == counted
 
 
 @pytest.mark.full
