@@ -19,7 +19,7 @@ import numpy as np
 from bigmac_jax.config import Config, ConfigError
 from bigmac_jax.data import kinds
 from bigmac_jax.data.batch import NO_TARGET
-from bigmac_jax.data.chat_template import ChatError, Piece, load_chat, say_template
+from bigmac_jax.data.chat_template import ChatError, Piece, find_unread, load_chat, say_template
 from bigmac_jax.data.corpus import open_documents
 from bigmac_jax.data.documents import ReadCounts, Slice, decode, log_once
 from bigmac_jax.data.encoding import Counts
@@ -35,6 +35,8 @@ _FORMS = {
     "sft": "prompt and completion, messages, or ShareGPT's conversations",
     "dpo": "prompt, chosen and rejected, or the last two as conversations",
 }
+# Fields of a row, by OpenAI, TRL and ShareGPT, that would change what the model reads before an answer.
+_UNREAD = ("tools", "functions", "images", "image", "videos", "audio", "chat_template_kwargs")
 _ROLES = {"human": "user", "gpt": "assistant"}  # ShareGPT's names
 Messages = list[dict[str, str]]
 
@@ -184,21 +186,26 @@ class Conversations:
     def _make_sequences(self, row: dict[str, Any]) -> list[list[Piece]]:
         row = {name: value for name, value in row.items() if value is not None}
         names = ("chosen", "rejected") if self.pairs else ("completion",)
+        _check_all_is_read(row)
         try:
             if not self.pairs:
                 for name in ("messages", "conversations"):
                     if name in row:
                         return [self._render(_system(row) + _messages(row[name], name))]
             if self.pairs and "conversations" in row:  # ShareGPT's name of a prompt
-                row = row | {"prompt": _system(row) + _messages(row["conversations"], "conversations")}
+                row = row | {"prompt": _messages(row["conversations"], "conversations")}
             self._check_form(row, names)
             if self.pairs and row["chosen"] == row["rejected"]:
                 raise _BadRowError("with two answers alike", "chosen and rejected are alike")
             if not any(isinstance(row.get(name), list | dict) for name in ("prompt", *names)):
+                if row.get("system"):
+                    raise _BadRowError(
+                        "with system beside texts", "'system' is not joined with texts; put it in front of 'prompt'"
+                    )
                 return [self._join(_text(row, "prompt"), _text(row, name)) for name in names]
             prompt = _turns(row, "prompt", "user") if "prompt" in row else []
-            whole = [_begin_with(prompt, _turns(row, name, "assistant"), name) for name in names]
-            shared = _count_shared(*whole) if self.pairs else len(prompt)
+            whole = [_system(row) + _begin_with(prompt, _turns(row, name, "assistant"), name) for name in names]
+            shared = _count_shared(*whole) if self.pairs else len(_system(row) + prompt)
             return [self._render(messages, shared) for messages in whole]
         except ChatError as error:
             reason = "that the template refuses" if error.index is None else "with a message that no template takes"
@@ -310,8 +317,17 @@ def _turns(row: dict[str, Any], name: str, role: str) -> Messages:
 
 
 def _system(row: dict[str, Any]) -> Messages:
-    """The message of a field `system`, as ShareGPT's rows may have it."""
+    """The message of a field `system`, which a row of messages may have, as ShareGPT's do."""
     return [{"role": "system", "content": _text(row, "system")}] if row.get("system") else []
+
+
+def _check_all_is_read(row: dict[str, Any]) -> None:
+    """Raises _BadRowError if an answer would be learned without what belongs before it, or against its label."""
+    for name in _UNREAD:
+        if row.get(name):
+            raise _BadRowError(f"with {name}, which is not read", f"its {name!r} is not read")
+    if row.get("label") is False:  # TRL's unpaired preferences
+        raise _BadRowError("with label false", "its label is false, and every answer is learned")
 
 
 def _begin_with(prompt: Messages, answer: Messages, name: str) -> Messages:
@@ -342,10 +358,15 @@ def _messages(value: Any, name: str) -> Messages:
     for i, message in enumerate(value):
         keys = ("from", "value") if isinstance(message, dict) and "from" in message else ("role", "content")
         fields = [message.get(key) for key in keys] if isinstance(message, dict) else [None]
+        if isinstance(message, dict) and (unread := find_unread(message)):
+            raise _BadRowError(f"with {unread}, which is not read", f"{name}[{i}] has {unread!r}, which is not read")
         if not all(isinstance(field, str) for field in fields):
             raise _BadRowError("with a message that is no text", f"{name}[{i}] has no texts for {' and '.join(keys)}")
         role, content = map(str, fields)
-        found.append({"role": _ROLES.get(role, role), "content": decode(content)[0]})
+        role, weight = _ROLES.get(role, role), message.get("weight")
+        if role == "assistant" and weight not in (None, 1):  # OpenAI's: 0 is an answer that isn't learned
+            raise _BadRowError("with a weight", f"{name}[{i}] has weight={weight!r}, and every answer is learned whole")
+        found.append({"role": role, "content": decode(content)[0]})
     return found
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from bigmac_jax.config import ConfigError
-from bigmac_jax.data.chat_template import PromptLimit
+from bigmac_jax.data.chat_template import PromptLimit, find_unread
 from bigmac_jax.data.tokenizer import Tokenizer, TooLongError, encode_at_most
 from bigmac_jax.inference.requests import parse_json
 from bigmac_jax.inference.sampling import ALTERNATIVES, Sampling
@@ -227,6 +227,10 @@ def _messages(messages: Any) -> list[dict[str, str]]:
         if not isinstance(message, dict) or message.get("role") not in _ROLES:
             raise ApiError(
                 400, f"messages[{i}] must be an object whose role is system, developer, user or assistant", "messages"
+            )
+        if name := find_unread(message):
+            raise ApiError(
+                400, f"messages[{i}].{name} must be empty: of a message its content alone is read", "messages"
             )
         content = message.get("content")
         if isinstance(content, list):

@@ -262,10 +262,12 @@ def test_a_prompt_and_a_completion_of_messages(tmp_path: pathlib.Path) -> None:
         {"prompt": TURNS[:2], "completion": TURNS[2:]},
         {"prompt": TURNS[:4], "completion": "4"},
         {"prompt": "2+2?", "completion": TURNS[4:]},
+        {"system": "Add.", "prompt": TURNS[1:4], "completion": "4"},
+        {"system": "Add.", "prompt": TURNS[1:2], "completion": TURNS[1:]},
     ]
     whole = "System: Add.\nUser: 1+1?\nAssistant: 2¶\nUser: 2+2?\nAssistant: 4"
     assert learned(conversations(tmp_path, rows, 128)) == [
-        whole, " 4¶", whole, " 2¶ 4¶", whole, " 4¶", "User: 2+2?\nAssistant: 4", " 4¶",
+        whole, " 4¶", whole, " 2¶ 4¶", whole, " 4¶", "User: 2+2?\nAssistant: 4", " 4¶", whole, " 4¶", whole, " 2¶ 4¶",
     ]  # fmt: skip
 
 
@@ -277,6 +279,7 @@ def test_a_prompt_and_a_completion_of_messages(tmp_path: pathlib.Path) -> None:
         {"chosen": TURNS, "rejected": [*TURNS[:4], {"role": "assistant", "content": "5"}], "prompt": None},
         {"prompt": TURNS[:4], "chosen": TURNS, "rejected": [*TURNS[:4], {"role": "assistant", "content": "5"}]},
         {"prompt": TURNS[:4], "chosen": "4", "rejected": "5"},
+        {"prompt": TURNS[1:4], "chosen": "4", "rejected": "5", "system": "Add."},
         {"conversations": human("1+1?", "2", "2+2?"), "system": "Add.", "chosen": {"from": "gpt", "value": "4"},
          "rejected": {"from": "gpt", "value": "5"}},
     ],
@@ -316,7 +319,41 @@ def test_rows_of_another_form_are_told_which_there_are(
     assert str(error.value).endswith(line)
 
 
+def answered(**fields: Any) -> dict[str, Any]:
+    """A row with such fields in an answer before the last one."""
+    return {"messages": [TURNS[1], TURNS[2] | fields, *TURNS[3:]]}
+
+
+UNREAD = [
+    (answered(tool_calls=[{"id": "1"}], content=""), r"messages\[1\] has 'tool_calls', which is not read"),
+    (answered(tool_calls=[{"id": "1"}], content=None), r"messages\[1\] has 'tool_calls', which is not read"),
+    (answered(reasoning_content="1 and 1"), r"messages\[1\] has 'reasoning_content'"),
+    (answered(weight=0), r"messages\[1\] has weight=0, and every answer is learned"),
+    ({"conversations": [*human("a"), {"from": "gpt", "value": "b", "weight": 2}]}, r"conversations\[1\] has weight=2"),
+    ({"prompt": "a", "completion": [TURNS[2] | {"thinking": "hm"}]}, r"completion\[0\] has 'thinking'"),
+    ({"messages": TURNS, "tools": [{"type": "function"}]}, "its 'tools' is not read"),
+    ({"prompt": "a", "completion": "b", "system": "Add."}, "'system' is not joined with texts; put it in front of"),
+    ({"prompt": "a", "completion": "b", "label": False}, "its label is false"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("row", "message"), UNREAD)
+def test_what_is_not_read_makes_a_row_bad(row: dict[str, Any], message: str, tmp_path: pathlib.Path) -> None:
+    """Else an answer is learned that stood behind something else, or was not to be learned."""
+    with pytest.raises(ConfigError, match=rf"rows\.jsonl line 2: .*{message}.*tuning\.bad_rows=skip"):
+        conversations(tmp_path, [{"prompt": "a", "completion": "b"}, row], 256)
+
+
+def test_what_says_nothing_makes_no_row_bad(tmp_path: pathlib.Path) -> None:
+    """As clients write what they do not use."""
+    row = answered(weight=1, tool_calls=[], function_call=None, refusal=None, reasoning="", annotations=[], name="Ann")
+    row["messages"][0] = TURNS[1] | {"weight": 0}  # nobody learns a question
+    assert learned(conversations(tmp_path, [row | {"tools": [], "label": True}], 256))[1] == " 2¶ 4¶"
+
+
 BAD_PAIRS = [
+    ({"system": "Add.", "prompt": "a", "chosen": "b", "rejected": "c"}, "'system' is not joined with texts"),
+    ({"prompt": "a?", "chosen": [TURNS[2] | {"tool_calls": [1]}], "rejected": "c"}, r"chosen\[0\] has 'tool_calls'"),
     ({"prompt": "a?", "chosen": said("b?", "c"), "rejected": said("b?", "d")}, "'chosen' begins neither with"),
     ({"chosen": said("a?", "b"), "rejected": said("c?", "d")}, "do not differ first in an answer"),
     ({"chosen": said("a?", "b", "c?", "d"), "rejected": said("a?", "b")}, "do not differ first in an answer"),

@@ -196,7 +196,8 @@ def test_fields_that_are_refused(server: Server, fields: dict[str, Any], param: 
 
 @pytest.mark.parametrize(
     "messages", [None, [], "hi", [3], [{"role": "king", "content": "a"}], [{"role": "user"}],
-                 [{"role": "user", "content": [{"type": "image_url"}]}]],
+                 [{"role": "user", "content": [{"type": "image_url"}]}],
+                 [{"role": "assistant", "content": "a", "tool_calls": [{}]}, {"role": "user", "content": "b"}]],
 )  # fmt: skip
 def test_messages_that_are_refused(server: Server, messages: Any) -> None:
     status, answer, _ = server.ask(CHAT, {"messages": messages})
