@@ -64,9 +64,8 @@ def make_adapters(config: Config, params: nnx.State, key: Array) -> nnx.State:
 
 def declare(of: Declaration, std: float = 1.0) -> tuple[Declaration, Declaration]:
     """What the adapters a and b of a matrix are; a starts with the deviation `std`."""
-    return Declaration(of.dims[:-1] + "r", of.part, std), Declaration(
-        of.dims[:-2] + "r" + of.dims[-1], of.part, 0, True
-    )
+    a, b = of.dims[:-1] + "r", of.dims[:-2] + "r" + of.dims[-1]
+    return Declaration(a, of.part, std, exact=of.exact), Declaration(b, of.part, 0, True, exact=of.exact)
 
 
 def attached(config: Config, base: nnx.State, adapters: nnx.State, dropout_key: Array | None = None) -> nnx.State:
@@ -95,7 +94,9 @@ def attached(config: Config, base: nnx.State, adapters: nnx.State, dropout_key: 
 def merged(params: nnx.State) -> nnx.State:
     """The parameters of a plain model: each with an adapter, as `attached` gives it, becomes w + a b; others stay."""
     flat = {
-        path: variable.replace(value.sum()) if isinstance(value := variable.get_value(), Adapted) else variable
+        path: variable.replace(value.sum(exact=True))
+        if isinstance(value := variable.get_value(), Adapted)
+        else variable
         for path, variable in nnx.to_flat_state(params)
     }
     return nnx.from_flat_state(flat)

@@ -131,8 +131,10 @@ class Adapted(NamedTuple):
     a: Array
     b: Array
 
-    def sum(self) -> Array:
-        ab = jnp.matmul(self.a, self.b)  # of which each replica may have its own
+    def sum(self, exact: bool) -> Array:
+        """Their sum. If `exact`, a b is of float32 whatever the device takes for it by default."""
+        precision = jax.lax.Precision.HIGHEST if exact else None
+        ab = jnp.matmul(self.a, self.b, precision=precision)  # of which each replica may have its own
         return self.w.reshape((1,) * (ab.ndim - self.w.ndim) + self.w.shape) + ab
 
 
@@ -185,6 +187,6 @@ def weight(config: Config, variable: nnx.Variable, compute: str = "") -> Weight:
         if dtype == crossing.gather:
             return Weight(value.stack, Crossing(dtype, dtype, dtype), of.split, value.layer)
         value = value.take()  # a cast would copy the stack
-    value = value.sum() if isinstance(value, Adapted) else value
+    value = value.sum(of.exact) if isinstance(value, Adapted) else value
     split = (*of.split, REPLICA) if value.ndim > len(of.dims) else of.split  # (`training.replicas`)
     return Weight(value, crossing._replace(compute=compute or crossing.compute), split)

@@ -5,6 +5,7 @@ import pathlib
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
@@ -27,6 +28,7 @@ from bigmac_jax.config import Config, ConfigError, TuningConfig
 from bigmac_jax.data.batch import batch_from_windows
 from bigmac_jax.model import transformer
 from bigmac_jax.model.adapters import adapted, attached, make_adapters
+from bigmac_jax.model.parameters import Adapted, declared
 from bigmac_jax.training.loss import loss_fn
 from bigmac_jax.training.restore import Restored
 from bigmac_jax.training.step import Trainer, TrainState, build_model, merge_adapters, split_model
@@ -106,6 +108,23 @@ def test_gpus_compute_no_gradient_of_what_is_frozen(monkeypatch: pytest.MonkeyPa
             gradient = jax.jit(jax.grad(loss_of(config, graphdef, rest, tokens)))
             programs.append(gradient.lower(adapters, params).compile().as_text().count(" dot("))
     assert programs[0] == programs[1] > 0
+
+
+def test_what_is_computed_exactly_has_exact_adapters() -> None:
+    """Those of the router: their product and both gradients are of float32 on every device, and Muon leaves them."""
+    config = with_adapters()
+    with on_mesh(config):
+        params = jax.eval_shape(lambda: split_model(random_model(config))[1])
+        made = nnx.to_flat_state(jax.eval_shape(lambda: make_adapters(config, params, jax.random.key(0))))
+    routers = {declared(variable).part == "router": declared(variable) for _, variable in made}
+    assert routers[True].exact and not routers[True].hidden_matrix
+    assert not routers[False].exact and routers[False].hidden_matrix
+    pair = Adapted(*(jnp.ones(shape) for shape in ((4, 3), (4, 2), (2, 3))))
+    for exact in (True, False):
+        gradient = jax.grad(lambda pair, exact=exact: pair.sum(exact).sum())
+        assert str(jax.make_jaxpr(gradient)(pair)).count("HIGHEST") == (
+            6 if exact else 0
+        )  # of three products, both inputs
 
 
 def test_what_is_adapted() -> None:
