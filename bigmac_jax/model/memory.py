@@ -49,7 +49,7 @@ def state_memory(config: Config, count: Parameters, parts: int, platform: str) -
 
 def host_memory(config: Config, ranks: int, count: Parameters, platform: str) -> dict[str, int]:
     """Bytes that one rank of a platform keeps in host memory, by part."""
-    execution, m, parts = config.execution, config.model, config.train.accumulate_steps
+    execution, m, parts = config.execution, config.step_model, config.train.accumulate_steps
     tokens = config.data.batch_size * config.data.sequence_length // (ranks * parts)
     entered = tokens * (m.depth + m.mtp_modules) * m.hidden_size * execution.dtype_bytes
     return {

@@ -1,6 +1,7 @@
 """What experts in host memory cost: bytes there, and the milliseconds of a token from the link to the host beside what
 the device does meanwhile."""
 
+import dataclasses
 import math
 from typing import Any
 
@@ -124,14 +125,15 @@ def decode_seconds(config: Config, sizes: Sizes, hardware: Hardware, requests: i
     Args:
       passes: how often all experts are read or written beside the products.
     """
-    m, itemsize = config.model, config.execution.dtype_bytes
-    count, experts = parameters(config, sizes), expert_numbers(config, sizes)
+    # A decoder has no next-token modules, and of a hyper router what its network makes.
+    m = dataclasses.replace(config.model, mtp_modules=0, mtp_blocks="")
+    itemsize = config.execution.dtype_bytes
+    count, experts = parameters(dataclasses.replace(config, model=m), sizes), expert_numbers(config, sizes)
     batch = math.prod(sizes.get(axis, 1) for axis in ("replica", "data", "node", "expert"))
     groups = math.prod(sizes.get(axis, 1) for axis in ("replica", "data"))
     own, tensor = requests / batch, sizes.get("tensor", 1)
-    all_experts = count.parts["experts"]
     looked_up = 0 if m.tie_embeddings else m.vocab_size * m.hidden_size  # of which a few rows are read
-    dense = (count.total - all_experts - looked_up) / tensor
+    dense = (count.computed - count.parts["experts"] - looked_up) / tensor
     used = 1 - (1 - m.choices / m.expert_count) ** (requests / groups)  # share of the experts, at uniform routing
     heads = max(m.kv_heads / tensor, 1)
     cache = own * config.data.sequence_length * 2 * heads * m.head_size * m.count_branches("*")

@@ -13,7 +13,7 @@ from model.tools import on_mesh, some, tiny
 
 from bigmac_jax.config import Config, ExecutionConfig, TuningConfig
 from bigmac_jax.model import counts
-from bigmac_jax.model.memory import rank_memory, state_memory
+from bigmac_jax.model.memory import host_memory, rank_memory, state_memory
 from bigmac_jax.model.mesh import ExpertGroup
 from bigmac_jax.model.traffic import exchange_traffic, replica_bytes, tensor_bytes
 from bigmac_jax.planning import compiled_programs
@@ -59,6 +59,7 @@ def trained(config: Config, sizes: dict[str, int]) -> dict[str, Any]:
         "exchange": exchange_traffic(config, ranks, group),
         "tensor": tensor_bytes(config, sizes, group),
         "replicas": replica_bytes(config, sizes | {"replica": 2}),
+        "host": host_memory(config, ranks, count, "gpu"),
         "memory": {part: size for part, size in memory.items() if part != "parameters"},
         "parameters": count._replace(total=0, parts={}, of_a_rank=0),
         "adapted": counts.adapted_parts(config),
@@ -69,7 +70,8 @@ def trained(config: Config, sizes: dict[str, int]) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(
-    ("name", "mesh", "remat"), some(itertools.product(MODELS, MESHES, ("none", "layer", "exchange")), every=7)
+    ("name", "mesh", "remat"),
+    some(itertools.product(MODELS, MESHES, ("none", "layer", "exchange", "offload")), every=7),
 )
 def test_training_is_that_of_the_model_alone(name: str, mesh: Any, remat: str) -> None:
     with_, without = (config_of(name, mesh, modules, remat=remat) for modules in (True, False))

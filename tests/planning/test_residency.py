@@ -3,6 +3,7 @@
 import dataclasses
 import io
 import pathlib
+from typing import Any
 
 import pytest
 from rich.console import Console
@@ -42,6 +43,16 @@ def test_qwen_on_one_v6e() -> None:
     report.show(made, Console(file=output, width=200, highlight=False))
     assert "experts in host memory: 54.00 GiB of 48 layers" in output.getvalue()
     assert "1,811.94 ms" in output.getvalue()
+
+
+@pytest.mark.parametrize("held", ["layers", "experts"])
+def test_a_decoder_has_no_next_token_modules_and_no_network_of_the_router(held: str) -> None:
+    def decode(*fields: str) -> Any:
+        config = load_config("tiny", [f"execution.resident_{held}=2", *fields])
+        return residency.describe(config, {}, load_hardware("h100"))["decode"]
+
+    assert decode("model.mtp_modules=1") == decode()
+    assert decode("model.router=hyper") == decode("model.router=affine")
 
 
 def test_each_rank_has_its_part() -> None:
