@@ -94,9 +94,8 @@ def attached(config: Config, base: nnx.State, adapters: nnx.State, dropout_key: 
 def merged(params: nnx.State) -> nnx.State:
     """The parameters of a plain model: each with an adapter, as `attached` gives it, becomes w + a b; others stay."""
     flat = {
-        path: variable.replace(value.sum(exact=True))
-        if isinstance(value := variable.get_value(), Adapted)
-        else variable
+        path: variable.replace(value.sum(exact=True)) if isinstance(value, Adapted) else variable
         for path, variable in nnx.to_flat_state(params)
+        for value in [variable.get_value()]
     }
     return nnx.from_flat_state(flat)
