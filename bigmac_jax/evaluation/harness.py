@@ -10,6 +10,7 @@ from bigmac_jax.runtime import environment
 if __name__ == "__main__":
     environment.prepare()
 
+import math
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -44,13 +45,13 @@ class BigMacLM(LM):
     Args:
       config, model: as `restore` gives them.
       length: tokens of a window; 0 takes data.sequence_length.
-      batch_size: sequences at a time; 0 takes data.batch_size.
+      batch_size: sequences at a time; 0 takes a part of the run's step.
     """
 
     def __init__(self, config: Config, model: Transformer, length: int = 0, batch_size: int = 0):
         super().__init__()
         self.config, self.model, self.tokenizer = config, model, load_tokenizer(config)
-        self.length = check_windows(config, length, stride=0)
+        self.length = check_windows(config, length, stride=0, name="length")
         self.batch_size = batch_size or evaluation_rows(config)
 
     @classmethod
@@ -67,8 +68,9 @@ class BigMacLM(LM):
             raise ConfigError("--model_args must name a run, as in --model_args workdir=runs/tiny")
         workdir, step, length = (arguments.pop(name) for name in ("workdir", "step", "length"))
         size = str(arguments.pop("batch_size", None) or (additional_config or {}).get("batch_size") or 0)
-        if not size.isdecimal() or not str(length).isdecimal():
-            raise ConfigError(f"batch_size={size} and length={length} must be whole numbers; 0 takes the run's")
+        for name, value in (("batch_size", size), ("length", str(length))):
+            if not value.isdecimal():
+                raise ConfigError(f"{name}={value} must be a whole number; 0 takes the run's")
         saved = read_config(locate_workdir(str(workdir)))
         config = with_mesh(saved, [f"{name}={value}" for name, value in arguments.items()])
         jax.set_mesh(make_mesh(config, fit_batch=False))
@@ -84,9 +86,18 @@ class BigMacLM(LM):
         return f"{self.config.data.tokenizer}-{self.tokenizer.fingerprint[:16]}"
 
     def loglikelihood(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
-        """For each (context, continuation): its log-likelihood in nats, and whether greedy decoding gives it."""
+        """For each (context, continuation): its log-likelihood in nats, and whether greedy decoding gives it.
+
+        Raises:
+          ConfigError: one is not finite: the harness would take it for the likeliest.
+        """
         results = self._score(encode_pairs(self.tokenizer, [request.args for request in requests]), disable_tqdm)
         answers = [(result.loglikelihood, result.greedy) for result in results]
+        if not_finite := sum(not math.isfinite(loglikelihood) for loglikelihood, _ in answers):
+            raise ConfigError(
+                f"{not_finite} of {len(answers)} log-likelihoods are not finite, for the model's activations "
+                f"overflow; use execution.dtype=float32, or another checkpoint"
+            )
         for request, answer in zip(requests, answers, strict=True):
             self.cache_hook.add_partial("loglikelihood", request.args, answer)
         return answers

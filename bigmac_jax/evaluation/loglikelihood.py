@@ -40,21 +40,21 @@ class Window(NamedTuple):
     scored: int  # how many of the targets count: the last ones
 
 
-def check_windows(config: Config, length: int, stride: int) -> int:
-    """Tokens of a window: `length`, or data.sequence_length where that is 0.
+def check_windows(config: Config, length: int, stride: int, name: str = "--length") -> int:
+    """Tokens of a window: `length`, or data.sequence_length where that is 0. `name` is the setting of the length.
 
     Raises:
       ConfigError: more than there are learned positions, a stride that would leave tokens out, or windows that
         mesh.tensor cannot split.
     """
     trained, ranks = config.data.sequence_length, config.mesh.tensor
-    check_length("--length", length, config)
+    check_length(name, length, config)
     if stride > (length or trained):
         raise ConfigError(f"--stride={stride} must be at most the {length or trained} tokens of a window; use fewer")
     if length % ranks:
         near = -(-length // ranks) * ranks
         near -= ranks * (config.model.positions == "learned" and near > config.context_length)
-        raise ConfigError(f"--length={length} must be a multiple of mesh.tensor={ranks}; use {near}")
+        raise ConfigError(f"{name}={length} must be a multiple of mesh.tensor={ranks}; use {near}")
     return length or trained
 
 

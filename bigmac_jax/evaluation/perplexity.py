@@ -17,6 +17,11 @@ from bigmac_jax.model.transformer import Transformer
 from bigmac_jax.training import programs
 
 
+def exp(value: float) -> float:
+    """e^value, at most e^700, because an untrained model's perplexity a word leaves the floats; NaN of NaN."""
+    return math.exp(min(value, 700.0))  # in this order, for min(700.0, NaN) is 700
+
+
 class Score(NamedTuple):
     """Loss in nats a token; the others follow from the same sum."""
 
@@ -31,10 +36,6 @@ class Score(NamedTuple):
     @classmethod
     def from_sums(cls, nll: float, tokens: int, words: int, num_bytes: int) -> "Score":
         """The score of a text; `nll` is the sum of -log p over its tokens, nats."""
-
-        def exp(value: float) -> float:
-            return math.exp(min(value, 700.0))  # an untrained model's perplexity a word leaves the floats
-
         loss, bits = nll / tokens, nll / math.log(2) / max(1, num_bytes)
         return cls(loss, exp(loss), exp(nll / max(1, words)), bits, tokens, words, num_bytes)
 

@@ -19,7 +19,7 @@ from lm_eval.api.task import ConfigurableTask  # noqa: E402
 from bigmac_jax.config import ConfigError  # noqa: E402
 from bigmac_jax.data.tokenizer import ByteTokenizer  # noqa: E402
 from bigmac_jax.evaluation.harness import BigMacLM  # noqa: E402
-from bigmac_jax.evaluation.loglikelihood import Request, score_requests  # noqa: E402
+from bigmac_jax.evaluation.loglikelihood import Request, Result, score_requests  # noqa: E402
 from bigmac_jax.evaluation.tasks.task_jobs import open_jobs, score_jobs  # noqa: E402
 
 CONFIG = tiny(batch=8, length=64, num_layers=1)
@@ -101,5 +101,15 @@ def test_arguments(tmp_path: pathlib.Path) -> None:
         BigMacLM.create_from_arg_string("step=3")
     with pytest.raises(ConfigError, match=r"holds no config\.json"):
         BigMacLM.create_from_arg_obj({"workdir": str(tmp_path)}, {"batch_size": 1, "device": None})
-    with pytest.raises(ConfigError, match="must be whole numbers"):
+    with pytest.raises(ConfigError, match=r"^length=long must be a whole number; 0 takes the run's$"):
         BigMacLM.create_from_arg_string("workdir=x,length=long")
+    learned = tiny(length=16, positions="learned")
+    with pytest.raises(ConfigError, match=r"^length=17 must be at most the 16 learned positions; use 16$"):
+        BigMacLM(learned, None, length=17)  # type: ignore[arg-type]
+
+
+def test_a_choice_that_is_not_finite_is_told(lm: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And not taken for the likeliest, as numpy's argmax would."""
+    monkeypatch.setattr(lm, "_score", lambda requests, quiet: [Result(-1.0, True, 1), Result(math.nan, True, 1)])
+    with pytest.raises(ConfigError, match=r"^1 of 2 log-likelihoods are not finite, .*; use execution\.dtype=float32"):
+        lm.loglikelihood([Instance("loglikelihood", {}, ("a", " b"), 0)] * 2)

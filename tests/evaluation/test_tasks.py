@@ -17,7 +17,7 @@ from absl import flags
 from threads_as_processes import run_as_processes
 from training.tools import ROOT
 
-from bigmac_jax.config import Config, ConfigError, DataConfig, TuningConfig
+from bigmac_jax.config import Config, ConfigError, DataConfig, TuningConfig, strict_json
 from bigmac_jax.data.pipeline import text_stream
 from bigmac_jax.data.tokenizer import ByteTokenizer
 from bigmac_jax.evaluation.loglikelihood import Result
@@ -27,7 +27,7 @@ from bigmac_jax.evaluation.tasks.definitions import TASKS, Needle, Task, load_ta
 from bigmac_jax.evaluation.tasks.examples import Example, build_examples
 from bigmac_jax.evaluation.tasks.needle import build_needles, draw_needles
 from bigmac_jax.evaluation.tasks.scores import judge, summarise
-from bigmac_jax.evaluation.tasks.task_jobs import describe_scores, open_jobs, score_jobs
+from bigmac_jax.evaluation.tasks.task_jobs import describe_scores, flatten_scores, open_jobs, score_jobs
 from bigmac_jax.evaluation.tasks.task_rows import read_rows
 
 CONFIG = Config(data=DataConfig(tokenizer="bytes"))
@@ -553,6 +553,34 @@ def test_last_word_and_perplexity_by_hand() -> None:
     names = ("perplexity", "word_perplexity", "byte_perplexity")
     assert [worst[name] for name in names] == [math.exp(700)] * 3
     assert summarise("last_word", [judge("last_word", pair, results(-1e4))])["perplexity"] == math.exp(700)
+
+
+@pytest.mark.parametrize("score", [math.nan, -math.inf])
+@pytest.mark.parametrize("kind", ["multiple_choice", "classification", "needle", "last_word", "perplexity"])
+def test_what_is_not_finite_is_not_right(kind: str, score: float) -> None:
+    """Whichever choice it is of, and whatever is greedy; the other row is right."""
+    pairs = [("", "x")] * (1 if kind in ("last_word", "perplexity") else 2)
+    example = Example("", pairs, 0, (1, 1)[: len(pairs)], words=1, num_bytes=1, cell=(16, 0.5))
+    for place in range(len(pairs)):
+        scores = [-1.0] * len(pairs)
+        scores[place] = score
+        bad, good = (
+            judge(kind, example, results(*values, greedy=True)) for values in (scores, [-1.0, -2.0][: len(pairs)])
+        )
+        assert bad.get("prediction") is None and not any(bad.get(name) for name in ("right", "right_norm", "found"))
+        summary = summarise(kind, [bad, good])
+        shares = [value for name, value in summary.items() if name.startswith("accuracy") and "stderr" not in name]
+        assert len(shares) == {"multiple_choice": 2, "classification": 2, "needle": 3, "last_word": 1}.get(kind, 0)
+        assert set(shares) <= {0.5} and summary["not_finite"] == 1
+        (line,) = describe_scores({"own": summary})
+        assert line.endswith(" (2 rows, 1 of them not finite: the model's activations overflow)")
+        for name in ("perplexity", "word_perplexity", "byte_perplexity"):
+            assert name not in summary or math.isnan(score) == math.isnan(summary[name])
+        lost = json.loads(strict_json(flatten_scores({"own": summary}) | {"rows": [bad, good]}))
+        assert lost["rows"][0]["loglikelihoods"][place] is None
+    if kind == "classification":
+        assert summary["macro_f1"] == pytest.approx(2 / 3)  # of the two there, one was predicted
+    assert "not_finite" not in summarise(kind, [good])
 
 
 def test_sentences_that_fit_by_hand() -> None:

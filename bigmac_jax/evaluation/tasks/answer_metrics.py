@@ -106,5 +106,6 @@ def summarise_answers(rows: Sequence[dict[str, Any]]) -> Summary:
 def mean(name: str, values: Sequence[float]) -> Summary:
     """The mean, and its standard error (None of a single value)."""
     n = len(values)
-    error = float(np.std(values, ddof=1)) / math.sqrt(n) if n > 1 else None
+    with np.errstate(invalid="ignore"):  # NaN of what is infinite
+        error = float(np.std(values, ddof=1)) / math.sqrt(n) if n > 1 else None
     return {name: math.fsum(values) / n, f"{name}_stderr": error}

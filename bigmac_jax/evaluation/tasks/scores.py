@@ -7,40 +7,48 @@ from typing import Any
 import numpy as np
 
 from bigmac_jax.evaluation.loglikelihood import Result
-from bigmac_jax.evaluation.perplexity import Score
+from bigmac_jax.evaluation.perplexity import Score, exp
 from bigmac_jax.evaluation.tasks.answer_metrics import Summary, mean, summarise_answers
 from bigmac_jax.evaluation.tasks.examples import Example
 
 
 def judge(kind: str, example: Example, results: Sequence[Result]) -> dict[str, Any]:
-    """Judges one example → its row: log-likelihoods in nats, the prediction, and whether it is right."""
+    """Judges one example → its row: log-likelihoods in nats, the prediction, and whether it is right. Without a
+    prediction nothing is: no order holds where a log-likelihood is not finite."""
     scores = np.array([result.loglikelihood for result in results])
     row: dict[str, Any] = {"loglikelihoods": scores.tolist()}
+    finite = _is_finite(row)
     if kind == "last_word":
-        return row | {"right": results[0].greedy}
+        return row | {"right": finite and results[0].greedy}
     if kind == "perplexity":
         return row | {"tokens": results[0].tokens, "words": example.words, "bytes": example.num_bytes}
-    prediction = int(scores.argmax())
+    prediction = int(scores.argmax()) if finite else None
     row |= {"answer": example.answer, "prediction": prediction, "right": prediction == example.answer}
     if example.lengths:
-        row["right_norm"] = int((scores / np.array(example.lengths)).argmax()) == example.answer
+        row["right_norm"] = finite and int((scores / np.array(example.lengths)).argmax()) == example.answer
     if example.cell:
         tokens, depth = example.cell
-        row |= {"length": tokens, "depth": depth, "found": results[example.answer].greedy}
+        row |= {"length": tokens, "depth": depth, "found": finite and results[example.answer].greedy}
     return row
+
+
+def _is_finite(row: dict[str, Any]) -> bool:
+    return all(map(math.isfinite, row["loglikelihoods"]))
 
 
 def summarise(kind: str, rows: Sequence[dict[str, Any]]) -> Summary:
     """Sums up the rows of a task: accuracies or perplexities, the mean log-likelihood of what is right, their standard
-    errors, and the number of rows."""
+    errors, and the number of rows, also of those whose log-likelihoods are not finite, if there are any."""
+    if kind == "generate":
+        return summarise_answers(rows)
+    not_finite = sum(not _is_finite(row) for row in rows)
+    counts = {"rows": len(rows)} | ({"not_finite": not_finite} if not_finite else {})
     if kind == "perplexity":
         nll = -math.fsum(row["loglikelihoods"][0] for row in rows)
         tokens, words, num_bytes = (sum(row[name] for row in rows) for name in ("tokens", "words", "bytes"))
         score = Score.from_sums(nll, tokens, words, num_bytes)
-        byte_perplexity = 2**score.bits_per_byte if score.bits_per_byte < 1000 else math.exp(700.0)
-        return score._asdict() | {"byte_perplexity": byte_perplexity, "loglikelihood": -nll, "rows": len(rows)}
-    if kind == "generate":
-        return summarise_answers(rows)
+        byte_perplexity = exp(nll / max(1, num_bytes))
+        return score._asdict() | {"byte_perplexity": byte_perplexity, "loglikelihood": -nll} | counts
     summary: Summary = {}
     right = "found" if kind == "needle" else "right"
     for name, column in {"accuracy": right, "accuracy_norm": "right_norm"}.items():
@@ -50,16 +58,16 @@ def summarise(kind: str, rows: Sequence[dict[str, Any]]) -> Summary:
     if kind == "classification":
         summary["macro_f1"] = macro_f1([row["answer"] for row in rows], [row["prediction"] for row in rows])
     if kind == "last_word":
-        summary["perplexity"] = math.exp(min(700.0, -math.fsum(right_scores) / len(rows)))
+        summary["perplexity"] = exp(-math.fsum(right_scores) / len(rows))
     if kind == "needle":
         summary |= mean("accuracy_choice", [row["right"] for row in rows]) | {"grid": _grid(rows)}
-    return summary | mean("loglikelihood", right_scores) | {"rows": len(rows)}
+    return summary | mean("loglikelihood", right_scores) | counts
 
 
-def macro_f1(answers: Sequence[int], predictions: Sequence[int]) -> float:
+def macro_f1(answers: Sequence[int], predictions: Sequence[int | None]) -> float:
     """F1 of each class that occurs, 2 · right / (predicted + in the data), averaged over classes."""
     scores = []
-    for label in sorted({*answers, *predictions}):
+    for label in {*answers, *predictions} - {None}:
         right = sum(a == label == p for a, p in zip(answers, predictions, strict=True))
         scores.append(2 * right / (answers.count(label) + predictions.count(label)))
     return math.fsum(scores) / len(scores)

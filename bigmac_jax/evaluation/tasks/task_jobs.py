@@ -176,7 +176,9 @@ def describe_scores(summaries: dict[str, Summary]) -> list[str]:
         for key in ("perplexity", "word_perplexity", "bits_per_byte"):
             if key in summary:
                 parts.append(f"{key.replace('_', ' ')} {summary[key]:,.4g}")
-        lines.append(f"{name}: {', '.join(parts)} ({summary['rows']:,} rows)")
+        count = summary.get("not_finite", 0)
+        warning = f", {count:,} of them not finite: the model's activations overflow" if count else ""
+        lines.append(f"{name}: {', '.join(parts)} ({summary['rows']:,} rows{warning})")
     return lines
 
 
