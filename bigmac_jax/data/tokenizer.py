@@ -78,9 +78,18 @@ class Tokenizer(abc.ABC):
         return None
 
 
+class TooManyIdsError(ConfigError):
+    """A tokenizer has more ids than its model's table has rows: what is wrong, and how many rows are enough."""
+
+    def __init__(self, problem: str, rows: int):
+        super().__init__(f"{problem}; use {rows}")
+        self.problem, self.rows = problem, rows
+
+
 def load_tokenizer(config: Config) -> Tokenizer:
     """Loads the tokenizer that data.tokenizer names; `bpe` is trained on the training split once and cached. Raises
-    ConfigError for files or packages that are missing or broken, and for a vocabulary above model.vocab_size."""
+    ConfigError for files or packages that are missing or broken, and for a vocabulary above model.vocab_size
+    (TooManyIdsError)."""
     name = config.data.tokenizer
     _check_size(config, TOKENIZER_SIZES.get(name, _MIN_BPE_VOCAB if name == "bpe" else 1))  # before it is trained
     tokenizer: Tokenizer
@@ -107,9 +116,10 @@ def load_tokenizer(config: Config) -> Tokenizer:
 
 def _check_size(config: Config, ids: int) -> None:
     if ids > config.model.vocab_size:
-        raise ConfigError(
+        raise TooManyIdsError(
             f"model.vocab_size={config.model.vocab_size} must be at least the {ids} of data.tokenizer="
-            f"{config.data.tokenizer}; use {-(-ids // 128) * 128}"
+            f"{config.data.tokenizer}",
+            -(-ids // 128) * 128,
         )
 
 

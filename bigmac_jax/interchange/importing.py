@@ -19,7 +19,7 @@ from bigmac_jax.config import TOKENIZER_SIZES, Config, ConfigError, missing_plac
 from bigmac_jax.config.reading import retrained
 from bigmac_jax.config.root import is_moved
 from bigmac_jax.data.chat_files import ChatFiles
-from bigmac_jax.data.tokenizer import Tokenizer
+from bigmac_jax.data.tokenizer import Tokenizer, TooManyIdsError
 from bigmac_jax.interchange import tokenizer_files
 from bigmac_jax.interchange.exporting import FORMATS
 from bigmac_jax.interchange.layout import Format, Leaves, Tensor, stored_shapes
@@ -121,7 +121,7 @@ def find_tokenizer(directory: pathlib.Path, config: Config, given: Sequence[str]
         try:
             if name not in TOKENIZER_SIZES:
                 storage.check_inside(directory, pathlib.Path(name).name)
-            own = tokenizer_files.read_tokenizer(config)
+            own = _read_tokenizer(directory, config)
         except ConfigError as error:
             problem = f"{directory} can't be imported with its tokenizer: {error}"
             if not given:
@@ -132,7 +132,7 @@ def find_tokenizer(directory: pathlib.Path, config: Config, given: Sequence[str]
         _log.warning("%s holds no tokenizer; give --config.data.tokenizer, which text needs", directory)
     if not given:
         return own
-    tokenizer, chat = tokenizer_files.read_tokenizer(with_overrides(config, given))
+    tokenizer, chat = _read_tokenizer(directory, with_overrides(config, given))
     if own and not tokenizer_files.extends(tokenizer, own[0]):
         raise ConfigError(
             f"{given[-1]} gives other ids than the tokenizer of {directory}; drop it to take that, or give one that "
@@ -141,6 +141,18 @@ def find_tokenizer(directory: pathlib.Path, config: Config, given: Sequence[str]
     if not own:
         return tokenizer, chat
     return tokenizer, chat._replace(ends=own[1].ends) if chat.template else own[1]
+
+
+def _read_tokenizer(directory: pathlib.Path, config: Config) -> tuple[Tokenizer, ChatFiles]:
+    """As `tokenizer_files.read_tokenizer`; an import keeps its table, and a run that begins with the folder may grow
+    it."""
+    try:
+        return tokenizer_files.read_tokenizer(config)
+    except TooManyIdsError as error:
+        raise ConfigError(
+            f"{error.problem}; an import keeps its table: give bigmac train --config.train.init_from={directory} "
+            f"--config.model.vocab_size={error.rows} instead"
+        ) from None
 
 
 def open_checkpoint(directory: pathlib.Path, overrides: Sequence[str] = ()) -> tuple[Config, Format, Checkpoint]:

@@ -207,11 +207,12 @@ def choose_tokenizer(origin: Pretrained, config: Config) -> Tokenizer:
 
 
 def own_tokenizer(origin: Pretrained, config: Config) -> Tokenizer | None:
-    """Loads the tokenizer that a model was trained with; None if its folder holds none."""
+    """Loads the tokenizer that a model was trained with; None if its folder holds none. Of a folder whose tokenizer has
+    more ids than its table has rows, a run's larger table (`config`) has room for them."""
     name = origin.config.data.tokenizer
     if name.endswith(TOKENIZER_FILES) and not pathlib.Path(name).expanduser().is_file():
         return None
-    return load_tokenizer(dataclasses.replace(origin.config, cache_dir=config.cache_dir))
+    return load_tokenizer(dataclasses.replace(config, data=dataclasses.replace(config.data, tokenizer=name)))
 
 
 def with_pretrained_chat(origin: Pretrained, config: Config) -> Config:

@@ -21,6 +21,7 @@ from bigmac_jax.config import Config, ConfigError, TrainConfig, TuningConfig, ch
 from bigmac_jax.config.reading import retrained
 from bigmac_jax.data.tokenizer import ByteTokenizer, JsonTokenizer, load_tokenizer, train_bpe
 from bigmac_jax.interchange import export_model, qwen3_moe
+from bigmac_jax.interchange.importing import find_tokenizer
 from bigmac_jax.interchange.layout import common_json
 from bigmac_jax.interchange.tensor_files import Checkpoint
 from bigmac_jax.model.mesh import make_mesh
@@ -305,6 +306,23 @@ def test_a_tokenizer_may_only_grow(base: tuple[Config, pathlib.Path], tmp_path: 
     assert isinstance(load_tokenizer(base[0]), ByteTokenizer)
     with pytest.raises(ConfigError, match=r"data\.tokenizer=bytes gives other ids"):
         choose_tokenizer(own, with_fields(config, data={"tokenizer": "bytes"}))
+
+
+def test_a_tokenizer_of_more_ids_than_its_table_has_rows(tmp_path: pathlib.Path) -> None:
+    """A run that begins with the folder grows the table. An import, which can't, says so; pasting either fix works."""
+    file = tmp_path / "tokenizer.json"
+    file.write_text(train_bpe(["some words that are here, and here"] * 3, 265))
+    there = with_fields(tiny(), model={"vocab_size": 264}, data={"tokenizer": str(file)})
+    origin = Pretrained(str(tmp_path), "", "", there)
+    with pytest.raises(ConfigError, match=r"model\.vocab_size=264 must be at least the 265 of .*; use 384$"):
+        choose_tokenizer(origin, with_fields(there, data={"tokenizer": "bpe"}))
+    with pytest.raises(ConfigError) as error:
+        find_tokenizer(tmp_path, there, [])
+    fix = f"give bigmac train --config.train.init_from={tmp_path} --config.model.vocab_size=384 instead"
+    assert str(error.value).endswith(f"; an import keeps its table: {fix}")
+    grown = with_fields(there, model={"vocab_size": 384})
+    assert choose_tokenizer(origin, with_fields(grown, data={"tokenizer": "bpe"})).vocab_size == 265
+    assert choose_tokenizer(origin, grown).vocab_size == 265
 
 
 @pytest.mark.full
