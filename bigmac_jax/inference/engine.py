@@ -18,6 +18,7 @@ import jax
 import numpy as np
 
 from bigmac_jax.config import ConfigError
+from bigmac_jax.config.errors import require
 from bigmac_jax.inference.decoding import PAGE_SIZE, ROW_PAGES, DecodePrograms, make_state, slots_per_shard
 from bigmac_jax.inference.drafts import Drafts
 from bigmac_jax.inference.jobs import CANCELLED, Job, Step
@@ -124,13 +125,14 @@ class Engine:
         return bool(self._queue or self._in_flight or self._running)
 
     def submit(self, job: Job) -> None:
-        """Queues a request; raises ConfigError if it is too long."""
+        """Queues a request; raises ConfigError if its prompt is empty, or it is too long."""
         prompt, new = len(job.prompt), job.sampling.max_tokens
-        if prompt + new > self.longest:
-            raise ConfigError(
-                f"the prompt has {prompt} tokens, which with max_tokens={new} are {prompt + new}, and must be at most "
-                f"{self.longest}; use a shorter prompt or fewer max_tokens"
-            )
+        require(prompt > 0, "the prompt has no tokens; give at least one")
+        require(
+            prompt + new <= self.longest,
+            f"the prompt has {prompt} tokens, which with max_tokens={new} are {prompt + new}, and must be at most "
+            f"{self.longest}; use a shorter prompt or fewer max_tokens",
+        )
         self._queue.append(job)
 
     def cancel(self, job: Job) -> None:

@@ -108,6 +108,9 @@ def parse_request(
             prompts, texts = _prompts(fields.get("prompt"), tokenizer, vocab_size, n, limits.choices, limit, echo)
         else:
             prompts, texts = [chat.prompt(_messages(fields.get("messages")), limit)], [""]
+            if not prompts[0]:
+                message = "the chat template makes no text of these messages; end with a user's message of some text"
+                raise ApiError(400, message, "messages")
             new = new or max(1, longest - len(prompts[0]))
     except TooLongError:
         message = f"the prompt has more than the {longest} tokens of prompt and completion; use a shorter one"

@@ -263,6 +263,8 @@ def test_what_has_no_room_is_refused(generator: Generator, engine: Engine) -> No
         ConfigError, match=r"38 tokens, which with max_tokens=3 are 41, and must be at most 40; use a sh"
     ):
         engine.submit(generator.job((1,) * 38, Sampling(max_tokens=3)))
+    with pytest.raises(ConfigError, match="the prompt has no tokens; give at least one"):  # it would never end
+        engine.submit(generator.job((), Sampling(max_tokens=3)))
     with pytest.raises(
         ConfigError, match=r"the cache's 36 positions are 36 on each of 1 batch shards, .* use at least 40"
     ):

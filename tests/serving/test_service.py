@@ -150,6 +150,16 @@ async def test_what_is_too_long_is_refused_before_it_is_rendered_or_encoded() ->
 
 
 @alone
+async def test_messages_without_a_token_are_refused() -> None:
+    """A template may write nothing of its own."""
+    served = Served(template="{% for m in messages %}{% if m.role == 'user' %}{{ m.content }}{% endif %}{% endfor %}")
+    system = {"role": "system", "content": "Be brief."}
+    status, answer = await served.ask(CHAT, {"messages": [system], "max_tokens": 2})
+    assert status == 400 and answer["error"]["param"] == "messages" and "no text of these" in answer["error"]["message"]
+    assert (await served.ask(CHAT, {"messages": [system, *MESSAGES], "max_tokens": 2}))[0] == 200
+
+
+@alone
 async def test_the_clock_runs_from_arrival() -> None:
     served = Served(Limits(seconds=0.2))
     with held(served.chat, "_render"):
