@@ -113,10 +113,11 @@ class _Run:
         return Learned.read(position.get(LEARNED), shape, self.first_step).asked_for(train.experts_per_checkpoint)
 
     def _writer(self) -> MetricsWriter | SilentWriter:
-        if not hosts.is_first():
-            return SilentWriter()
         train = self.config.train
-        return MetricsWriter(self.mirror.folder, self.first_step, train.steps, train.wandb, self.workdir)
+        with hosts.raise_together():
+            if hosts.is_first():
+                return MetricsWriter(self.mirror.folder, self.first_step, train.steps, train.wandb, self.workdir)
+        return SilentWriter()
 
     def loop(self, state: TrainState, profile: tuple[int, int] | None) -> Result:
         """Takes the remaining steps, again from a checkpoint where a bad step rewinds."""

@@ -1,6 +1,7 @@
 """What a run reports: metrics.jsonl, dashboards, a progress line; FLOPs and the rate that MFU is measured against."""
 
 import contextlib
+import logging
 import math
 import os
 import pathlib
@@ -14,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import tqdm
 
-from bigmac_jax.config import Config, strict_json
+from bigmac_jax.config import Config, ConfigError, strict_json
 from bigmac_jax.model.choose_exchange import predict_seconds
 from bigmac_jax.model.counts import flops
 from bigmac_jax.model.mesh import current_group, ranks
@@ -27,6 +28,9 @@ from bigmac_jax.training.dashboards import open_dashboards
 from bigmac_jax.training.metrics_file import NAME, drop_records
 from bigmac_jax.training.step import StepMetrics
 
+_log = logging.getLogger(__name__)
+_MOST = 16 << 20  # bytes of records that wait for a disk
+
 
 class MetricsWriter:
     """Writes records to metrics.jsonl and the dashboards, and shows progress.
@@ -37,13 +41,22 @@ class MetricsWriter:
       folder: where it writes.
       wandb: train.wandb.
       workdir: where `folder` is copied to, if it is not that itself.
+
+    Raises:
+      ConfigError: metrics.jsonl cannot be read or written.
     """
 
     def __init__(
         self, folder: pathlib.Path, first_step: int, steps: int, wandb: str = "", workdir: pathlib.Path | None = None
     ):
-        drop_records(folder, first_step)
-        self._file = (folder / NAME).open("a", buffering=1 << 20)  # what a full disk does not take waits here
+        try:
+            drop_records(folder, first_step)
+            self._file = (folder / NAME).open("ab", buffering=0)
+        except OSError as error:
+            raise ConfigError(
+                f"{folder / NAME} cannot be written ({error.strerror}); free space, or move it away"
+            ) from None
+        self._waiting, self._told = b"", False  # what the file does not take, and whether that was said
         self._boards = open_dashboards(folder, first_step, wandb, workdir or folder)
         self._steps = steps
         self._bar = tqdm.tqdm(
@@ -52,11 +65,22 @@ class MetricsWriter:
 
     def write(self, record: dict[str, Any]) -> None:
         """Writes a record, which holds "step": a JSON object a line, flushed; it also goes to the dashboards."""
-        self._file.write(strict_json(record) + "\n")
-        with contextlib.suppress(OSError):
-            self._file.flush()
+        self._flush()
+        if len(self._waiting) < _MOST:
+            self._waiting += f"{strict_json(record)}\n".encode()
+            self._flush()
         for board in self._boards:
             board.write(record)
+
+    def _flush(self) -> None:
+        try:
+            while self._waiting:  # the last bytes of a full disk take a part of a line
+                self._waiting = self._waiting[self._file.write(self._waiting) :]
+        except OSError as error:
+            if not self._told:
+                _log.warning("%s cannot be written (%s); up to %d MiB of records wait until it can, or the run ends",
+                             self._file.name, error.strerror, _MOST >> 20)  # fmt: skip
+            self._told = True
 
     def progress(self, step: int, line: str | None = None) -> None:
         """Shows how far the run is; `line` describes a step that is logged."""
@@ -78,6 +102,7 @@ class MetricsWriter:
 
     def close(self) -> None:
         self._bar.close()
+        self._flush()
         with contextlib.suppress(OSError):
             self._file.close()
         for board in self._boards:

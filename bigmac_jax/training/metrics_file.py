@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from bigmac_jax.config import ConfigError, parse_object
+from bigmac_jax.runtime.storage import write_atomically
 
 _log = logging.getLogger(__name__)
 Record = dict[str, Any]
@@ -24,7 +25,8 @@ def read_records(workdir: pathlib.Path) -> list[Record]:
 
 
 def drop_records(workdir: pathlib.Path, step: int) -> None:
-    """Drops the records after `step`, and what is no record, which is named but for a half-written last line."""
+    """Drops the records after `step`, and what is no record, which is named but for a half-written last line. Nothing
+    is written where they are the file's end: a full disk takes that, too. Raises OSError."""
     path = workdir / NAME
     if not (lines := _read_lines(path)):
         return
@@ -37,9 +39,10 @@ def drop_records(workdir: pathlib.Path, step: int) -> None:
             kept.append(line + b"\n")
     if damaged:
         _log.warning("%s: %d lines that are no records were left out", path, damaged)
-    temporary = path.with_suffix(".tmp")
-    temporary.write_bytes(b"".join(kept))
-    os.replace(temporary, path)
+    if b"\n".join(lines).startswith(text := b"".join(kept)):
+        os.truncate(path, len(text))
+    else:
+        write_atomically(path, text)
 
 
 def _read_lines(path: pathlib.Path) -> list[bytes]:

@@ -1,5 +1,6 @@
 """What a run leaves in its workdir, how it ends, and what may change when it is resumed."""
 
+import errno
 import json
 import math
 import pathlib
@@ -7,6 +8,7 @@ import shutil
 import struct
 import types
 from typing import Any
+from unittest import mock
 
 import jax
 import matplotlib.image
@@ -22,6 +24,7 @@ from bigmac_jax.model.mesh import make_mesh
 from bigmac_jax.run.loop import Result, _Run, train, unused_profile
 from bigmac_jax.runtime.clock import clock
 from bigmac_jax.runtime.workdir_lock import lock_workdir
+from bigmac_jax.training import metrics, metrics_file
 from bigmac_jax.training.bad_steps import RunError
 from bigmac_jax.training.checkpoint import Checkpoints
 from bigmac_jax.training.metrics import MetricsWriter
@@ -316,6 +319,48 @@ def test_records_after_the_restored_step_are_dropped(tmp_path: pathlib.Path) -> 
     drop_records(tmp_path, 3)
     assert read_records(tmp_path) == kept
     assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
+
+
+def test_dropping_the_files_end_takes_no_room(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, full = tmp_path / "metrics.jsonl", OSError(errno.ENOSPC, "No space left on device")
+    path.write_text("".join(f'{{"step": {step}}}\n' for step in range(9)) + '{"st')
+    monkeypatch.setattr(metrics_file, "write_atomically", mock.Mock(side_effect=full))
+    for step in (8, 8, 3):
+        drop_records(tmp_path, step)
+        assert [record["step"] for record in read_records(tmp_path)] == list(range(step + 1))
+        assert path.read_bytes().endswith(b"}\n")
+    path.write_text('{"step": 5}\n{"step": 1}\n')
+    with pytest.raises(ConfigError, match=f"^{path} cannot be written .No space left on device.; free space, or move"):
+        MetricsWriter(tmp_path, 3, 9)
+
+
+@pytest.mark.parametrize("most", [1 << 20, 300])
+def test_records_wait_for_a_full_disk(
+    most: int, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """All of them, up to some bytes, also those that the disk's last bytes have cut; a line says so once."""
+    monkeypatch.setattr(metrics, "_MOST", most)
+    writer, left = MetricsWriter(tmp_path, 0, 99), 60
+    take = writer._file.write
+
+    def write(data: bytes) -> int:
+        nonlocal left
+        if not left:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        left -= (taken := take(data[:left]))
+        return taken
+
+    monkeypatch.setattr(writer, "_file", mock.Mock(write=write, close=writer._file.close))
+    for step in range(50):
+        writer.write({"step": step, "loss": 1.0})
+    assert [record["step"] for record in metrics_file.read_records(tmp_path)] == [0, 1]
+    left = 1 << 20
+    writer.write({"step": 50})
+    writer.close()
+    steps = [record["step"] for record in metrics_file.read_records(tmp_path)]
+    assert steps[-1] == 50 and steps[:-1] == list(range(len(steps) - 1))
+    assert len(steps) == 51 if most > 300 else 10 < len(steps) < 20
+    assert len([r for r in caplog.records if "No space left on device" in r.getMessage()]) == 1
 
 
 def test_lines_that_are_no_records_are_left_out(tmp_path: pathlib.Path, caplog: pytest.LogCaptureFixture) -> None:
