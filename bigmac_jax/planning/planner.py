@@ -260,7 +260,9 @@ def _search(config: Config, place: Place, headroom: float) -> tuple[Config, dict
     best, described = search.describe(config, Machine(place.devices, place.hardware, place.torus, place.load, headroom))
     if place.topology:
         would_fit = described["best"]["would_fit"]
-        described["best"]["would_fit"] = [topologies.respell_devices(place.topology, flag) for flag in would_fit]
+        described["best"]["would_fit"] = [
+            topologies.respell_devices(place.topology, flag, place.hardware) for flag in would_fit
+        ]
     return best, described
 
 

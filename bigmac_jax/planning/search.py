@@ -14,6 +14,7 @@ from bigmac_jax.config.section import flat_values
 from bigmac_jax.model import counts
 from bigmac_jax.planning.candidates import Axes, Machine, Variant, variants
 from bigmac_jax.planning.cost import Times, step_time
+from bigmac_jax.planning.hardware.torus import larger
 
 NEAREST = 12  # candidates that don't fit and are timed all the same
 MORE_DEVICES = (2, 4, 8, 16, 32, 64)
@@ -88,12 +89,15 @@ def flags(before: Config, after: Config) -> list[str]:
 def what_would_fit(config: Config, machine: Machine) -> list[str]:
     """Flags of plan.py each of which alone makes something fit; of each kind the one that changes least."""
 
-    def fits(other: Config, devices: int = machine.devices) -> bool:
-        here = replace(machine, devices=devices, topology=None)
+    hardware = machine.hardware
+
+    def fits(other: Config, times: int = 1) -> bool:
+        topology = machine.topology and larger(machine.topology, times, hardware.machine_ranks // hardware.cores)
+        here = replace(machine, devices=machine.devices * times, topology=topology)
         return any(True for _ in variants(other, here, lean=True, fitting=True))
 
-    more = next((machine.devices * n for n in MORE_DEVICES if fits(config, machine.devices * n)), 0)
-    found = [f"--devices={more}"] if more else []
+    times = next((n for n in MORE_DEVICES if fits(config, n)), 0)
+    found = [f"--devices={machine.devices * times}"] if times else []
     data = config.data
     for kind in (
         ["execution.dtype=bfloat16"],

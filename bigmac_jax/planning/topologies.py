@@ -8,6 +8,8 @@ import re
 from typing import Any, NamedTuple
 
 from bigmac_jax.config import ConfigError
+from bigmac_jax.planning.hardware import Hardware
+from bigmac_jax.planning.hardware.torus import larger
 
 # Names of topologies, which are those of hardware files.
 TPUS = ("v5e", "v5p", "v6e", "tpu7x")
@@ -56,15 +58,20 @@ def parse_topology(name: str, slices: int = 1) -> Topology:
     return Topology(name, kind, sizes, slices)
 
 
-def respell_devices(topology: Topology, flag: str) -> str:
-    """Respells --devices=N as a topology with so many hosts of the same GPUs; a slice's shape and other flags stay."""
-    name, _, devices = flag.partition("=")
+def respell_devices(topology: Topology, flag: str, hardware: Hardware) -> str:
+    """Respells --devices=N as a topology of the same kind: of larger slices, and where there are none, of more; or of
+    more hosts of as many GPUs. Other flags stay."""
+    name, _, number = flag.partition("=")
     if name != "--devices":
         return flag
+    chips, slices = int(number) // hardware.cores, topology.slices
     if topology.torus:
-        return f"{flag} --hardware={topology.kind}"
-    gpus = topology.shape[-1]
-    return f"--topology={topology.kind}:{int(devices) // gpus}x{gpus}"
+        shape = larger(topology.shape, chips // topology.chips, hardware.machine_ranks // hardware.cores)
+        slices = chips // math.prod(shape)
+    else:
+        shape = chips // topology.shape[1], topology.shape[1]
+    of_slices = f" --slices={slices}" if slices != topology.slices else ""
+    return f"--topology={topology.kind}:{'x'.join(map(str, shape))}{of_slices}"
 
 
 def absent_devices(topology: Topology) -> list[Any]:

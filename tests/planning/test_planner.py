@@ -248,10 +248,18 @@ def test_what_would_fit_is_in_the_words_of_the_topology() -> None:
 
 
 def test_more_devices_in_the_words_of_the_topology() -> None:
-    gpus, slice_ = topologies.parse_topology("h100:4x8"), topologies.parse_topology("v5e:4x8")
-    assert topologies.respell_devices(gpus, "--devices=64") == "--topology=h100:8x8"
-    assert topologies.respell_devices(slice_, "--devices=64") == "--devices=64 --hardware=v5e"
-    assert topologies.respell_devices(gpus, "--config.data.batch_size=4") == "--config.data.batch_size=4"
+    """A slice grows by its shortest axis, and of slices that don't there are more; a chip may be two devices."""
+    for name, slices, flag, said in (
+        ("h100:4x8", 1, "--devices=64", "--topology=h100:8x8"),
+        ("v5e:4x8", 1, "--devices=64", "--topology=v5e:8x8"),
+        ("v5e:2x2", 1, "--devices=32", "--topology=v5e:4x8"),
+        ("v6e:4x8", 2, "--devices=128", "--topology=v6e:8x8"),
+        ("v6e:8x16", 2, "--devices=1024", "--topology=v6e:16x16 --slices=4"),
+        ("tpu7x:2x2x1", 1, "--devices=32", "--topology=tpu7x:2x2x4"),
+        ("h100:4x8", 1, "--config.data.batch_size=4", "--config.data.batch_size=4"),
+    ):
+        topology = topologies.parse_topology(name, slices)
+        assert topologies.respell_devices(topology, flag, load_hardware(topology.kind)) == said
 
 
 @pytest.mark.full

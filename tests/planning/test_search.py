@@ -29,6 +29,7 @@ from bigmac_jax.planning.candidates import REMAT, Machine, variants
 from bigmac_jax.planning.cluster import mesh_group
 from bigmac_jax.planning.cost import step_time
 from bigmac_jax.planning.hardware import load_hardware
+from bigmac_jax.planning.hardware.torus import larger
 from bigmac_jax.planning.search import NEAREST, Candidate, describe, flags, search
 
 CONFIG = Config(
@@ -309,7 +310,8 @@ def test_the_least_change_of_each_kind_is_said(monkeypatch: pytest.MonkeyPatch) 
     own = replace(CONFIG, execution=ExecutionConfig(), data=replace(CONFIG.data, batch_size=12, sequence_length=6))
 
     def found(config: Config, here: Machine, lean: bool, fitting: bool) -> Any:
-        assert lean and fitting and here == replace(machine, devices=here.devices, topology=None)
+        grown = {"topology": larger((1, 3), here.devices // 3, 8)}
+        assert lean and fitting and here == replace(machine, devices=here.devices, **grown)
         moved = [f"{here.devices}"] if here.devices != 3 else []
         moved += [flag.removeprefix("--config.") for flag in flags(own, config)]
         assert len(moved) == 1

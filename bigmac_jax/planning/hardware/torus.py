@@ -8,6 +8,16 @@ from typing import NamedTuple
 Shape = tuple[int, ...]
 
 
+def larger(shape: Shape, times: int, most: int) -> Shape:
+    """A slice of `times` as many chips, a power of two, or as many of them as are not above `most`: the shortest axes
+    are doubled, of several the last first."""
+    sizes = list(shape)
+    while times > 1 and 2 * math.prod(sizes) <= most:
+        shortest = max(range(len(sizes)), key=lambda axis: (-sizes[axis], axis))
+        sizes[shortest], times = 2 * sizes[shortest], times // 2
+    return tuple(sizes)
+
+
 class Block(NamedTuple):
     """Chips of a slice that communicate with each other.
 
