@@ -57,6 +57,15 @@ class ChatError(ValueError):
         self.index = index
 
 
+class _UntoldError(ChatError):
+    """A template that doesn't show where answers begin and end."""
+
+    def __init__(self, problem: str):
+        super().__init__(
+            f"the chat template {problem}; put {{% generation %}} and {{% endgeneration %}} around answers"
+        )
+
+
 class PromptLimit(NamedTuple):
     """How much a prompt may take: at most so many tokens (a message is at least one). `check` is called between parts
     of the work, and ends it by raising."""
@@ -154,14 +163,12 @@ class Chat:
             return _make_pieces(re.split(f"[{_BEGIN}{_END}]", text))
         if limit and self._token_bytes and len(text) > limit.tokens * self._token_bytes:
             raise TooLongError(limit.tokens)
-        spans = self._find_answers(messages, text, prompt, limit.check if limit else lambda: None)
-        if spans is None:
+        try:
+            spans = self._find_answers(messages, text, prompt, limit.check if limit else lambda: None)
+        except _UntoldError:
             if prompt:  # who asks wants an answer, however the turns before it are cut
                 return [Piece(text, False)]
-            raise ChatError(
-                "the chat template writes a turn otherwise when others follow it; put {% generation %} and "
-                "{% endgeneration %} around answers"
-            )
+            raise
         cuts = [0]
         for start, stop in spans:
             ends = [at + len(name) for name in self._names if (at := text.rfind(name, start, stop)) >= 0]
@@ -170,9 +177,9 @@ class Chat:
 
     def _find_answers(
         self, messages: Messages, text: str, prompt: bool, check: Callable[[], object]
-    ) -> list[tuple[int, int]] | None:
+    ) -> list[tuple[int, int]]:
         """Finds where each answer begins and ends in the text: what a message of the assistant adds to the prompt for
-        it. None if the template writes one otherwise when others follow it.
+        it. Raises _UntoldError if it adds to something else, or is written otherwise when others follow it.
 
         To render the messages before each answer takes the square of their number. So that is done for the first ones,
         for those at twice the place of the last one, and at the end. Between them an answer begins where the template's
@@ -180,29 +187,34 @@ class Chat:
         """
         turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
         rendered, last, found = 0, 0, {}
+        rewritten = _UntoldError("writes a turn otherwise when others follow it")
         for i in turns:
             if rendered + 2 * i >= _CHECKED and i < 2 * last and i < len(messages) - 1:
                 continue
             rendered, last = rendered + 2 * i + 1, i
             check()
             before, after = self._render(messages[:i], True), self._render(messages[: i + 1], False)
+            if not after.startswith(before) and after.startswith(self._render(messages[:i], False)):
+                raise _UntoldError(
+                    "ends a prompt with words (add_generation_prompt) that it does not write before answers"
+                )
             if not (after.startswith(before) and text.startswith(after)):
-                return None
+                raise rewritten
             found[i] = len(before), len(after)
         if len(found) == len(turns):
             return list(found.values())
         check()
         places = self._find_places(messages, text, prompt) | {len(messages): found.get(len(messages) - 1, (0, 0))[1]}
         if not {place for i in turns for place in (i, i + 1)} <= set(places):
-            return None
+            raise rewritten
         # What a template writes behind the messages before an answer, and behind the answer.
         opening, closing = (text[places[turns[0] + n] : found[turns[0]][n]] for n in (0, 1))
         for i in turns:
             start, stop = places[i] + len(opening), places[i + 1] + (len(closing) if i + 1 < len(messages) else 0)
             if not (text.startswith(opening, places[i]) and text.startswith(closing, stop - len(closing))):
-                return None
+                raise rewritten
             if found.setdefault(i, (start, stop)) != (start, stop):
-                return None
+                raise rewritten
         return [found[i] for i in turns]
 
     def _find_places(self, messages: Messages, text: str, prompt: bool) -> dict[int, int]:
@@ -252,7 +264,9 @@ class Chat:
     def _render(self, messages: Messages, prompt: bool, template: jinja2.Template | None = None) -> str:
         template = template or self._template
         try:
-            return template.render(messages=list(messages), add_generation_prompt=prompt, **self._special)
+            return template.render(
+                messages=list(messages), tools=None, documents=None, add_generation_prompt=prompt, **self._special
+            )
         except Exception as error:  # a template may do anything that Jinja lets it
             raise ChatError(f"the chat template does not take these messages: {error}") from None
 
@@ -333,6 +347,14 @@ def _refuse(message: str) -> None:
     raise jinja2.TemplateError(message)
 
 
-def _to_json(value: Any, indent: int | None = None, **_: Any) -> str:
+def _to_json(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
     """As transformers has it: Jinja's own escapes what HTML would not take."""
-    return json.dumps(value, ensure_ascii=False, indent=indent, allow_nan=False)
+    return json.dumps(
+        value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys, allow_nan=False
+    )

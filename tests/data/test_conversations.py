@@ -170,6 +170,10 @@ def test_a_template_is_rendered_as_transformers_does() -> None:
     with pytest.raises(ConfigError, match="the chat template is not Jinja"):
         Chat(bpe(), "{% for %}")
     assert module._to_json({"a": ["é"]}, indent=1) == '{\n "a": [\n  "é"\n ]\n}'
+    compact = "{{ {'b': 'é', 'a': 1} | tojson(ensure_ascii=true, separators=(',', ':'), sort_keys=true) }}"
+    unused = "{% if tools is not none or documents is not none %}You have tools.{% endif %}"
+    (piece,) = Chat(ByteTokenizer(), unused + compact).pieces(messages, prompt=True)
+    assert piece.text == '{"a":1,"b":"\\u00e9"}'
 
 
 def test_a_tokenizer_of_another_kind_is_cut_at_its_end_of_text() -> None:
@@ -222,10 +226,15 @@ def test_training_and_serving_see_the_same_tokens(tmp_path: pathlib.Path) -> Non
     assert bytes_of(sequence)[: len(prompt)] == prompt
 
 
-def test_a_template_that_rewrites_turns_needs_marks() -> None:
-    template = "{% for m in messages %}{{ m.content if loop.last else '-' }}{% endfor %}"
-    with pytest.raises(ChatError, match=r"put \{% generation %\}"):
-        Chat(ByteTokenizer(), template).pieces(TURNS)
+def test_a_prompt_that_no_answer_follows_is_told_apart() -> None:
+    """Such as a prompt to think, which is not written again before what was said. A server takes it as it is."""
+    chat = Chat(ByteTokenizer(), CHATML.replace("assistant\n", "assistant\n<think>\n"))
+    words = r"ends a prompt with words \(add_generation_prompt\) that it does not write before answers; put \{% gen"
+    with pytest.raises(ChatError, match=words):
+        chat.pieces(TURNS)
+    assert bytes(chat.prompt(TURNS[:4])).endswith(b"assistant\n<think>\n")
+    with pytest.raises(ChatError, match=r"writes a turn otherwise when others follow it; put \{% generation %\}"):
+        Chat(ByteTokenizer(), "{% for m in messages %}{{ m.content if loop.last else '-' }}{% endfor %}").pieces(TURNS)
 
 
 def learned(stream: Conversations) -> list[str]:
