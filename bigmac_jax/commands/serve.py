@@ -31,7 +31,7 @@ _ALLOW_HOST = flags.DEFINE_list(
 _CHAT_TEMPLATE = flags.DEFINE_string("chat_template", "", "A Jinja file that makes a prompt of messages.")
 _CACHE_TOKENS = flags.DEFINE_integer("cache_tokens", 0, "Room of the cache; 0 = batch_size × max_length.", 0)
 _CHUNK = flags.DEFINE_integer("chunk", 512, "Tokens of prompts that are read between two steps, a batch shard.", 1)
-_QUEUE = flags.DEFINE_integer("queue", Limits.queue, "Completions that may wait; more are answered 429.", 0)
+_QUEUE = flags.DEFINE_integer("queue", Limits.queue, "Completions that may wait for a slot; more are answered 429.", 0)
 _TIMEOUT = flags.DEFINE_float("timeout", Limits.seconds, "Seconds of a request, at most.", 0.01)
 _ARRIVAL = flags.DEFINE_float("arrival", Limits.arrival, "Seconds for the head of a request, and for its body.", 0.01)
 _MAX_BODY = flags.DEFINE_integer("max_body", Limits.body, "Bytes of a request, at most.", 1)

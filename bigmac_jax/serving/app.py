@@ -1,6 +1,7 @@
 """The HTTP side of the server: routes, bodies, streams and errors. What a request means is in `api`."""
 
 import asyncio
+import dataclasses
 import functools
 import importlib.resources
 import json
@@ -45,7 +46,8 @@ class Service:
         self, generator: Generator, worker: Worker, chat: Dialogue, model: str, key: str = "", hosts: Sequence[str] = ()
     ):
         self._generator, self._worker, self._chat, self._model = generator, worker, chat, model
-        self._limits, self._metrics = worker.limits, worker.metrics
+        choices = min(worker.limits.choices, worker.capacity)  # more would never fit
+        self._limits, self._metrics = dataclasses.replace(worker.limits, choices=choices), worker.metrics
         self._access = Access(key, hosts)
         self.threads = WorkThreads()
         self._long = 0  # bytes of long requests that have not been read

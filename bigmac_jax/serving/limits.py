@@ -11,7 +11,7 @@ class Limits:
     """How much a server accepts, and how long it waits."""
 
     body: int = 4 << 20  # bytes of a request's body
-    queue: int = 256  # completions that wait for a slot; a request with more is answered 429
+    queue: int = 256  # completions that wait beside those that the slots hold; a request with more is answered 429
     choices: int = 16  # completions of one request: prompts × n
     seconds: float = 600.0  # from a request's arrival to its last token
     arrival: float = 30.0  # seconds for a request's head to arrive, and for its body

@@ -58,14 +58,13 @@ class Worker:
         self._inbox: queue.SimpleQueue[_Command | None] = queue.SimpleQueue()
         self._leader = Leader()
         self._tickets: dict[Job, Ticket] = {}  # of completions that have not ended; the event loop's alone
-        self._waiting = 0  # completions that have no token yet
         self._alive = time.monotonic()
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
 
     @property
     def capacity(self) -> int:
-        """Number of completions that may wait for their first token, those in slots included."""
+        """Number of completions that may be in the engine: those that wait for a slot, beside one in each."""
         return self.limits.queue + self.engine.shards * self.engine.slots
 
     @property
@@ -78,11 +77,11 @@ class Worker:
         return ApiError(429, f"{why}; come again later", code="queue_full", retry=self.metrics.retry_seconds())
 
     def check_queue(self, completions: int) -> None:
-        """Raises ApiError if so many more completions may not wait, or the engine has failed."""
+        """Raises ApiError if there is no room for so many more completions, or the engine has failed."""
         if self.failed:
             raise ApiError(500, "the engine has failed; the server's log says why")
-        if self._waiting + completions > self.capacity:
-            raise self.full(f"{self._waiting} completions are waiting, and {self.limits.queue} may")
+        if len(self._tickets) + completions > self.capacity:
+            raise self.full(f"{len(self._tickets)} completions run or wait, and {self.capacity} may")
 
     def submit(self, jobs: Sequence[Job], arrived: float) -> Ticket:
         """Submits the completions of a request; raises ApiError like `check_queue`.
@@ -94,15 +93,13 @@ class Worker:
         ticket = Ticket(jobs, arrived)
         for job in jobs:
             self._tickets[job] = ticket
-            self._waiting += 1
             self._inbox.put(_Command(job))
         return ticket
 
     def cancel(self, ticket: Ticket) -> None:
         """Cancels those completions of a request that have not ended."""
-        for number, job in enumerate(ticket.jobs):
+        for job in ticket.jobs:
             if self._tickets.pop(job, None):
-                self._waiting -= not ticket.last[number]
                 self._inbox.put(_Command(job, cancel=True))
 
     async def stop(self, seconds: float) -> bool:
@@ -160,7 +157,6 @@ class Worker:
             if last := ticket.last[number]:
                 self.metrics.between_tokens.observe(now - last)
             else:
-                self._waiting -= 1
                 self.metrics.first_token.observe(now - ticket.started)
                 self.metrics.prompt_tokens.inc(len(step.job.prompt))
                 self.metrics.reused_tokens.inc(step.job.reused)

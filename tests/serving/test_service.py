@@ -127,7 +127,7 @@ async def test_tokens_are_counted_and_timed() -> None:
     assert metrics["first_token_seconds_count"] == 3 and metrics["between_tokens_seconds_count"] == 1 + 2 * 3
     # All of them within these requests, and the second one's completions side by side.
     assert 0 < metrics["first_token_seconds_sum"] + metrics["between_tokens_seconds_sum"] <= 2 * passed
-    assert served.worker._waiting == 0
+    assert not served.worker._tickets
 
 
 @alone
@@ -232,11 +232,33 @@ async def test_the_shortest_is_read_first() -> None:
 
 @alone
 async def test_a_full_queue_is_told_before_anything_is_read() -> None:
-    served = Served(Limits(queue=0))
-    served.worker._waiting = 2
+    """Two slots and a place: who has a token still holds a slot, and who leaves makes room."""
+    served, steps = Served(Limits(queue=1)), threading.Semaphore()
+    step, tickets = served.engine.step, served.worker._tickets
+    served.engine.step = lambda: steps.acquire() and step()  # type: ignore[method-assign,assignment,return-value]
+    asked = [asyncio.create_task(served.ask(COMPLETIONS, SHORT))]
+    await until(lambda: any(ticket.last[0] for ticket in tickets.values()))
+    asked += [asyncio.create_task(served.ask(COMPLETIONS, SHORT)) for _ in range(2)]
+    await until(lambda: len(tickets) == 3)
     with held(served.service, "_parse") as (_, calls):
         status, answer = await served.ask(COMPLETIONS, b"{" * 1000)
     assert (status, answer["error"]["code"], calls) == (429, "queue_full", [])
+    asked.pop().cancel()
+    await until(lambda: len(tickets) == 2)
+    asked.append(asyncio.create_task(served.ask(COMPLETIONS, SHORT)))
+    await until(lambda: len(tickets) == 3)
+    steps.release(10)
+    assert [(await answer)[0] for answer in asked] == [200] * 3 and not tickets
+
+
+@pytest.mark.parametrize(("fields", "param"), [({"n": 4}, "n"), ({"prompt": ["a"] * 4}, "prompt")])
+@alone
+async def test_what_has_more_completions_than_slots_and_places_never_fits(fields: dict[str, Any], param: str) -> None:
+    """So it is not told to come again."""
+    served = Served(Limits(queue=1))
+    status, answer = await served.ask(COMPLETIONS, SHORT | fields)
+    assert (status, answer["error"]["param"]) == (400, param) and "3" in answer["error"]["message"]
+    assert (await served.ask(COMPLETIONS, SHORT | {"n": 3}))[0] == 200
 
 
 @alone
