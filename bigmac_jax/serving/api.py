@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from bigmac_jax.config import ConfigError
-from bigmac_jax.data.chat_template import PromptLimit, find_unread
+from bigmac_jax.data.chat_template import PromptLimit
 from bigmac_jax.data.tokenizer import Tokenizer, TooLongError, encode_at_most
 from bigmac_jax.inference.requests import parse_json
 from bigmac_jax.inference.sampling import ALTERNATIVES, Sampling
@@ -95,7 +95,8 @@ def parse_request(
     n = _integer(fields, "n", 1, 1, limits.choices)
     if type(fields.get("best_of", n)) is not int or fields.get("best_of", n) != n:
         raise ApiError(400, "best_of must be n: nothing else is supported here", "best_of")
-    stream, usage, echo = _boolean(fields, "stream"), _usage(fields), _boolean(fields, "echo")
+    stream, echo = _boolean(fields, "stream"), _boolean(fields, "echo")
+    usage = _usage(fields, stream)
     new = _integer(fields, "max_tokens", 0 if chat else _DEFAULT_TOKENS, 1, longest)
     new = _integer(fields, "max_completion_tokens", new, 1, longest)
     alternatives = _alternatives(fields, chat is not None)
@@ -152,7 +153,8 @@ def _is_same(value: Any, only: Any) -> bool:
     return type(value) in kinds and bool(value == only)
 
 
-def _usage(fields: Fields) -> bool:
+def _usage(fields: Fields, stream: bool) -> bool:
+    """Whether the stream ends with a chunk of usage."""
     options = fields.get("stream_options", {})
     names = ("include_usage", "include_obfuscation")
     if not isinstance(options, dict) or set(options) - set(names):
@@ -160,6 +162,8 @@ def _usage(fields: Fields) -> bool:
     for name in names:
         if not isinstance(options.get(name), bool | None):
             raise ApiError(400, f"stream_options.{name} must be true or false", "stream_options")
+    if "stream_options" in fields and not stream:
+        raise ApiError(400, "stream_options needs stream to be true", "stream_options")
     return bool(options.get("include_usage"))
 
 
@@ -231,12 +235,12 @@ def _messages(messages: Any) -> list[dict[str, str]]:
             raise ApiError(
                 400, f"messages[{i}] must be an object whose role is system, developer, user or assistant", "messages"
             )
-        if name := find_unread(message):
-            raise ApiError(
-                400, f"messages[{i}].{name} must be empty: of a message its content alone is read", "messages"
-            )
+        _check_read(message, ("role", "content"), f"messages[{i}]")
         content = message.get("content")
         if isinstance(content, list):
+            for j, part in enumerate(content):
+                if isinstance(part, dict) and part.get("type") == "text":
+                    _check_read(part, ("type", "text"), f"messages[{i}].content[{j}]")
             texts = [part.get("text") for part in content if isinstance(part, dict) and part.get("type") == "text"]
             whole = len(texts) == len(content) and all(isinstance(text, str) for text in texts)
             content = "".join(texts) if whole else None  # type: ignore[arg-type]
@@ -244,6 +248,15 @@ def _messages(messages: Any) -> list[dict[str, str]]:
             raise ApiError(400, f"messages[{i}].content must be a text, or a list of parts of text", "messages")
         checked.append({"role": message["role"], "content": content})
     return checked
+
+
+def _check_read(given: Fields, names: tuple[str, ...], where: str) -> None:
+    """Raises ApiError for a field of a message or a part that says something and that no template gets; OpenAI's client
+    sends what an answer did not have as null or empty."""
+    for name, value in given.items():
+        if name not in names and value not in (None, "", [], {}):
+            message = f"{where} has the field {name[:80]!r}, of which nothing is read; leave it out"
+            raise ApiError(400, message, "messages", "unknown_parameter")
 
 
 def _integer(fields: Fields, name: str, default: int, least: int, most: int) -> int:

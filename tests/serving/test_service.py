@@ -559,6 +559,8 @@ async def test_a_key_may_be_any_text(key: str, codings: tuple[str, ...]) -> None
 BAD: list[tuple[str, dict[str, Any], str]] = [
     (COMPLETIONS, {"stream_options": {"include_usage": "no"}}, "stream_options"),
     (CHAT, {"stream_options": {"include_obfuscation": 1}}, "stream_options"),
+    (CHAT, {"stream_options": {"include_usage": True}}, "stream_options"),
+    (COMPLETIONS, {"stream_options": {}, "stream": False}, "stream_options"),
     (COMPLETIONS, {"presence_penalty": False}, "presence_penalty"),
     (COMPLETIONS, {"best_of": True}, "best_of"),
     (COMPLETIONS, {"best_of": 1.0}, "best_of"),
@@ -575,6 +577,27 @@ async def test_values_of_another_type_are_refused(path: str, fields: dict[str, A
     body = {"prompt": "a"} if path == COMPLETIONS else {"messages": MESSAGES}
     status, answer = await Served().ask(path, body | fields)
     assert status in (400, 404) and answer["error"]["param"] == param, answer
+
+
+@pytest.mark.parametrize(
+    "given", [{"name": "Bob"}, {"prefix": False}, {"reasoning_content": "b"}, {"tool_calls": [{}]}]
+)
+@alone
+async def test_what_is_not_read_of_a_message_is_refused(given: dict[str, Any]) -> None:
+    """What says nothing is taken: OpenAI's client gives an answer back with every field that it knows."""
+    served, (name,) = Served(), given
+    text = {"type": "text", "text": "a"}
+    nothing = {"refusal": None, "annotations": [], "audio": None, "function_call": None, "tool_calls": None}
+    for message, place in (
+        (MESSAGES[0] | given, "messages[1]"),
+        ({"role": "user", "content": [text, text | given]}, "messages[1].content[1]"),
+    ):
+        body = {"messages": [{"role": "assistant", "content": "b"} | nothing, message], "max_tokens": 1}
+        status, answer = await served.ask(CHAT, body)
+        said = f"{place} has the field '{name}', of which nothing is read; leave it out"
+        assert (status, answer["error"]["message"], answer["error"]["param"]) == (400, said, "messages")
+    body["messages"][1]["content"][1] = text | {"cache_control": None}  # type: ignore[index]
+    assert (await served.ask(CHAT, body))[0] == 200
 
 
 class Fake:
