@@ -122,7 +122,7 @@ def start(config: Config, workdir: pathlib.Path, asked: Config | None = None) ->
             for note in resume_warnings(workdir, config, dict(mesh.shape), step) if resumed and step else ():
                 _log.warning("%s", note)
             # Only now: a start that failed leaves the workdir free.
-            fingerprints = run_data.fingerprint_held_out(config) | inputs.fingerprints
+            fingerprints = run_data.fingerprint_held_out(workdir, config) | inputs.fingerprints
             history = None if resumed else pretrained.history_of(models.origin)
             parts, own = config.train.accumulate_steps, inputs.tokenizer
             write_run(workdir, asked or config, fingerprints, dict(mesh.shape), own, inputs.chat, history, parts)

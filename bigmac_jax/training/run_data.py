@@ -102,12 +102,13 @@ def say_data_place(workdir: pathlib.Path, config: Config, split: str) -> None:
         _log.info("the %s split is read from data.%s=%s, which the config of %s names", split, field, place, workdir)
 
 
-def fingerprint_held_out(config: Config) -> dict[str, str]:
-    """Fingerprints of the held-out splits that have files of their own, which training may not look at."""
-    found = {}
+def fingerprint_held_out(workdir: pathlib.Path, config: Config) -> dict[str, str]:
+    """Fingerprints of the held-out splits that have files of their own, which training may not look at. One that
+    run.json knows stays the run's: what lies there now may be another text, which evaluation then refuses."""
+    found, known = {}, read_run_json(workdir)["data"]
     for split in ("validation", "test"):
         source = getattr(config.data, f"{split}_source")
-        if source and not has_splits(source):
+        if source and split not in known and not has_splits(source):
             with contextlib.suppress(ConfigError):  # evaluation will say what is wrong with it
                 found[split] = open_documents(config.data, split, config.cache_dir).fingerprint
     return found

@@ -25,7 +25,7 @@ from bigmac_jax.runtime import hosts
 from bigmac_jax.runtime.environment import software_versions
 from bigmac_jax.training import workdir as workdir_module
 from bigmac_jax.training.checkpoint import Checkpoints
-from bigmac_jax.training.run_data import check_data, open_run_stream
+from bigmac_jax.training.run_data import check_data, fingerprint_held_out, open_run_stream
 from bigmac_jax.training.workdir import (
     load_run_tokenizer,
     locate_workdir,
@@ -141,6 +141,24 @@ def test_evaluation_refuses_data_that_changed(copied: Any, split: str) -> None:
         open_run_stream(workdir, config, other, ByteTokenizer())
     (workdir / "run.json").unlink()  # there is nothing to compare with
     assert open_run_stream(workdir, config, split, ByteTokenizer()).num_tokens > before
+
+
+def test_a_later_start_takes_no_other_held_out_text(tmp_path: pathlib.Path) -> None:
+    """Evaluation refuses it as before."""
+    files = {split: tmp_path / f"{split}.txt" for split in ("train", "validation", "test")}
+    for split, file in files.items():
+        file.write_text(f"The state of {split}. " * 99)
+    places = {"validation_source": str(files["validation"]), "test_source": str(files["test"])}
+    data = DataConfig(source=str(files["train"]), tokenizer="bytes", **places)
+    config, workdir = Config(data=data, cache_dir=str(tmp_path / "cache")), tmp_path / "run"
+    for text in ("", "more"):  # of the first start, and of a later one
+        for split in ("validation", "test"):
+            files[split].write_text(files[split].read_text() + text)
+        held_out = fingerprint_held_out(workdir, config)
+        write_run(workdir, config, held_out, {"data": 1}, ByteTokenizer())
+    for split in ("validation", "test"):
+        with pytest.raises(ConfigError, match=f"data.{split}_source=.* holds other data than"):
+            open_run_stream(workdir, config, split, ByteTokenizer())
 
 
 def test_evaluation_refuses_another_text_that_splits_are_held_out_of(tmp_path: pathlib.Path) -> None:
