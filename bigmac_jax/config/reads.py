@@ -65,8 +65,10 @@ def _mamba(config: Config) -> str:
 
 
 def _several_ranks(config: Config) -> str:
+    """Of a replica; or one whose optimizer's state is split over replicas, which is asked for with mesh.fsdp alone."""
     mesh = config.mesh
-    return "a mesh of one rank" if mesh.data == 1 and mesh.model_ranks == 1 else ""
+    over_replicas = mesh.replica > 1 and mesh.replica_optimizer == "sharded"
+    return "a mesh of one rank" if mesh.data == 1 and mesh.model_ranks == 1 and not over_replicas else ""
 
 
 def _experts_elsewhere(config: Config) -> str:

@@ -236,6 +236,8 @@ WHY: list[tuple[str, str, str]] = [  # overrides of the defaults, fields, and th
     ("mesh.data=1", "mesh.fsdp", "a mesh of one rank"),
     ("mesh.data=2", "mesh.fsdp", ""),
     (f"mesh.data=1 {TWO}", "mesh.fsdp", ""),
+    ("mesh.data=1 mesh.replica=2", "mesh.fsdp", "a mesh of one rank"),
+    ("mesh.data=1 mesh.replica=2 mesh.fsdp=True mesh.replica_optimizer=sharded", "mesh.fsdp", ""),
     ("", "mesh.split_experts", "mesh.tensor=1"),
     ("mesh.tensor=2", "mesh.split_experts", ""),
     ("", "mesh.replica_optimizer", "mesh.replica=1"),
