@@ -60,7 +60,7 @@ class Service:
         def route(path: str, handler: Handler, method: str = "GET", public: bool = False) -> Route:
             return Route(path, self._guard(path, handler, public), methods=[method])
 
-        return Starlette(
+        app = Starlette(
             routes=[
                 route("/v1/completions", functools.partial(self._complete, chat=False), "POST"),
                 route("/v1/chat/completions", functools.partial(self._complete, chat=True), "POST"),
@@ -72,6 +72,8 @@ class Service:
             ],
             exception_handlers={HTTPException: self._refuse_route},
         )
+        app.router.redirect_slashes = False  # to wherever the Host header says, which nothing has checked there
+        return app
 
     def _guard(self, path: str, handler: Handler, public: bool) -> Handler:
         """The handler behind the checks of access, with errors as JSON."""

@@ -546,6 +546,16 @@ async def test_a_page_that_gives_its_own_name_to_this_address_is_refused(host: s
     assert (await Served(key="key").ask("/v1/models", headers={"host": host, "authorization": "Bearer key"}))[0] == 200
 
 
+@pytest.mark.parametrize("path", ["/v1/completions/", "/health/", "//evil.example/"])
+@alone
+async def test_a_path_with_another_slash_is_none(path: str) -> None:
+    """And not one of the host that the request names."""
+    served = Served()
+    for body in (None, SHORT):
+        status, answer = await served.ask(f"http://127.0.0.1{path}", body, {"host": "evil.example"})
+        assert status == 404 and answer["error"]["message"].endswith(f"{path}: Not Found")
+
+
 @pytest.mark.parametrize(("key", "codings"), [("clé", ("utf-8", "latin-1")), ("ключ", ("utf-8",)), ("key", ("ascii",))])
 @alone
 async def test_a_key_may_be_any_text(key: str, codings: tuple[str, ...]) -> None:
