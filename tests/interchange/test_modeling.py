@@ -149,6 +149,28 @@ def test_half_the_size(tmp_path: pathlib.Path) -> None:
     assert np.isfinite(their_logits(model.float(), tokens_of(config))).all()
 
 
+@pytest.mark.parametrize("name", ["normed", "groups", "biased", "paper"])
+def test_under_autocast_the_router_stays_float32(name: str, tmp_path: pathlib.Path) -> None:
+    """Its products, too; the rest is bfloat16 where torch makes it so."""
+    config = config_of(name)
+    with on_mesh(config):
+        exported(config, tmp_path / "out")
+    model, tokens, routed = load(tmp_path / "out"), torch.tensor(tokens_of(config), dtype=torch.long), []
+    routers = [module for module in model.modules() if type(module).__name__ == "Router"]
+    for router in routers:
+        router.register_forward_hook(lambda module, given, found: routed.append((module, *given, *found)))
+    expected = model(tokens, labels=tokens).loss
+    routed.clear()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        output = model(tokens, labels=tokens)
+    output.loss.backward()
+    assert output.logits.dtype == torch.bfloat16 and len(routed) == len(routers) > 0
+    torch.testing.assert_close(output.loss, expected, atol=0.1, rtol=0.05)
+    for router, x_TD, gates_TK, experts_TK in routed[:]:
+        gates, experts = router(x_TD)
+        assert torch.equal(gates, gates_TK) and torch.equal(experts, experts_TK)
+
+
 def test_a_loss_and_its_gradients(tmp_path: pathlib.Path) -> None:
     """Labels give the mean cross-entropy; every parameter of the layer takes part in it."""
     config = config_of("tiny")

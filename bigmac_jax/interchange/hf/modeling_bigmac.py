@@ -119,7 +119,8 @@ class Router(nn.Module):
         """gates_TK, experts_TK."""
         config = self.config
         bias_E = None if self.bias is None else self.bias.float()
-        logits_TE = functional.linear(x_TD.float(), self.weight.float(), bias_E)
+        with torch.autocast(x_TD.device.type, enabled=False):
+            logits_TE = functional.linear(x_TD.float(), self.weight.float(), bias_E)
         scores_TE = logits_TE.softmax(-1) if config.scoring_func == "softmax" else logits_TE.sigmoid()
         bias_E = self.e_score_correction_bias
         ranking_TE = self.in_best_groups(scores_TE if bias_E is None else scores_TE + bias_E.float())
@@ -165,7 +166,8 @@ class Experts(nn.Module):
         for expert in experts_TK.unique().tolist():
             token, choice = torch.where(experts_TK == expert)
             gate = gates_TK[token, choice, None].to(x_TR.dtype)
-            y_TR.index_add_(0, token, gate * self.expert(expert, x_TR[token]))
+            # Under torch.autocast an expert's products have another type than its input.
+            y_TR.index_add_(0, token, (gate * self.expert(expert, x_TR[token])).to(y_TR.dtype))
         return y_TR
 
     def expert(self, i: int, x: Tensor) -> Tensor:
