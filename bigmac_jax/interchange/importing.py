@@ -122,6 +122,7 @@ def find_tokenizer(directory: pathlib.Path, config: Config, given: Sequence[str]
             if name not in TOKENIZER_SIZES:
                 storage.check_inside(directory, pathlib.Path(name).name)
             own = _read_tokenizer(directory, config)
+            tokenizer_files.warn_of_added(str(directory), own[0])
         except ConfigError as error:
             problem = f"{directory} can't be imported with its tokenizer: {error}"
             if not given:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import logging
 import pathlib
 
 import tokenizers
@@ -15,6 +16,7 @@ from bigmac_jax.interchange.tensor_files import write_json
 from bigmac_jax.runtime import hosts, storage
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
+_log = logging.getLogger(__name__)
 
 
 def write_tokenizer(directory: pathlib.Path, config: Config, tokenizer: Tokenizer, chat: ChatFiles = NO_CHAT) -> None:
@@ -60,6 +62,16 @@ def _make_byte_bpe() -> str:
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens([AddedToken(END_OF_TEXT, special=True)])
     return tokenizer.to_str()
+
+
+def warn_of_added(place: str, tokenizer: Tokenizer) -> None:
+    """Says in a line which special tokens transformers puts around every text by a model's tokenizer: here none are."""
+    if isinstance(tokenizer, JsonTokenizer) and hosts.is_first():
+        whole = tokenizers.Tokenizer.from_str(tokenizer.json_text)
+        whole.no_padding()
+        if whole.num_special_tokens_to_add(False):
+            line = "%s: its tokenizer adds %s to every text; here, and in exports, only a chat template writes them"
+            _log.warning(line, place, " and ".join(whole.encode("").tokens))
 
 
 def extends(given: Tokenizer, own: Tokenizer) -> bool:

@@ -30,7 +30,7 @@ from bigmac_jax.data.chat_files import read_chat, read_chat_folder
 from bigmac_jax.data.files import file_digest
 from bigmac_jax.data.tokenizer import Tokenizer, load_tokenizer
 from bigmac_jax.interchange import import_model, open_checkpoint
-from bigmac_jax.interchange.tokenizer_files import TOKENIZER_FILES, extends
+from bigmac_jax.interchange.tokenizer_files import TOKENIZER_FILES, extends, warn_of_added
 from bigmac_jax.model.adapters import attached, merged
 from bigmac_jax.model.mesh import placed, replicated_spec
 from bigmac_jax.model.parameters import leaf_name, named_leaves
@@ -193,6 +193,8 @@ def choose_tokenizer(origin: Pretrained, config: Config) -> Tokenizer:
       ConfigError: tokens would mean something else than the model has learned.
     """
     own = own_tokenizer(origin, config)
+    if own and not origin.step:  # no run of ours, which learned from texts as they are
+        warn_of_added(origin.place, own)
     if config.data.tokenizer == "bpe":  # would be trained on the new text
         if own is None:
             raise ConfigError(f"train.init_from={origin.place} holds no tokenizer; give data.tokenizer")

@@ -15,6 +15,8 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from model.tools import leaves, on_mesh, random_model, tiny
 from safetensors.numpy import save_file
+from tokenizers import Tokenizer
+from tokenizers.processors import TemplateProcessing
 from training.tools import read_records, small
 
 from bigmac_jax.config import Config, ConfigError, TrainConfig, TuningConfig, check_resume, load_config, with_overrides
@@ -323,6 +325,25 @@ def test_a_tokenizer_of_more_ids_than_its_table_has_rows(tmp_path: pathlib.Path)
     grown = with_fields(there, model={"vocab_size": 384})
     assert choose_tokenizer(origin, with_fields(grown, data={"tokenizer": "bpe"})).vocab_size == 265
     assert choose_tokenizer(origin, grown).vocab_size == 265
+
+
+def test_tokens_that_transformers_adds_to_every_text_are_told(
+    tmp_path: pathlib.Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """By an import and by a run that begins with a folder of others, once."""
+    whole = Tokenizer.from_str(train_bpe(["some words that are here, and here"] * 3, 264))
+    (tmp_path / "tokenizer.json").write_text(whole.to_str())
+    there = with_fields(tiny(), model={"vocab_size": 264}, data={"tokenizer": str(tmp_path / "tokenizer.json")})
+    origin = Pretrained(str(tmp_path), "", "", there)
+    choose_tokenizer(origin, there)
+    whole.post_processor = TemplateProcessing(single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", 0)])
+    (tmp_path / "tokenizer.json").write_text(whole.to_str())
+    choose_tokenizer(origin._replace(step="4"), there)
+    assert not caplog.messages
+    choose_tokenizer(origin, there)
+    find_tokenizer(tmp_path, there, [])
+    line = f"{tmp_path}: its tokenizer adds <|endoftext|> to every text; here, and in exports, only a chat template"
+    assert [message.startswith(line) for message in caplog.messages] == [True, True]
 
 
 @pytest.mark.full
