@@ -38,15 +38,15 @@ test-programs-gpu: $(VENV)/installed-dev
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[dev,gpu]"
 	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -n auto --maxprocesses=8 tests/programs -m gpu
 
-# What a user does first, in two minutes, and the tests of the model and of training, but not its widest comparisons of
-# meshes: they are a matter of XLA and not of the Python.
+# What a user does first, in two minutes, and the tests of what another Python may change: processes, signals, files,
+# configs, commands and training. What the model computes is a matter of XLA.
 smoke: $(VENV)/installed-dev
 	rm -rf runs/smoke runs/smoke-2
 	$(BIN)/python train.py --workdir=runs/smoke --config.train.steps=20 --config.train.eval_every=20
 	$(BIN)/python eval.py --workdir=runs/smoke --split=validation
 	$(BIN)/python generate.py --workdir=runs/smoke --prompt="The state of the Union is" --max_tokens=16
 	PYTHON=$(BIN)/python scripts/launch_local.sh 2 --workdir=runs/smoke-2 --config.mesh.expert=2 --config.train.steps=4
-	$(PYTEST) tests/model tests/training --ignore=tests/model/test_axes.py --ignore=tests/model/test_expert_parallel.py
+	$(PYTEST) tests/training tests/commands tests/config tests/data tests/run tests/runtime
 
 test-all: $(VENV)/installed-dev
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[dev,gpu,hf,lm-eval,notebook,tpu]"
