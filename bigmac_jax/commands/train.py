@@ -27,6 +27,9 @@ _CONFIG = flags.DEFINE_string(
 )
 _WORKDIR = flags.DEFINE_string("workdir", "runs/tiny", "Where the run is written, and resumed from.")
 _PROFILE = flags.DEFINE_string("profile", "", "START:STOP, the steps of a profiler trace written to WORKDIR/profile.")
+_STOPPED = flags.DEFINE_integer(
+    "stopped_exit_code", 0, "Of a run that was stopped and saved: above 0 it counts as failed.", 0, 255
+)
 
 
 def main() -> int:
@@ -53,7 +56,8 @@ def main() -> int:
         return 1
     if not result.finished:
         hosts.say(f"stopped and saved at step {result.step} of {config.train.steps}; the same command resumes")
-    elif result.first_step == result.step:
+        return _STOPPED.value
+    if result.first_step == result.step:
         hosts.say(_finished(config.train.steps, result.step))
     else:
         hosts.say(_done(result.step))

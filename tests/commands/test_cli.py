@@ -66,6 +66,10 @@ BAD: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {  # what the line mus
     "data that is not there": ((*FRESH, "--config.data.source=no.txt"), ("data.source='no.txt' is not there",)),
     "bad profile": ((*FRESH, "--profile=5"), ("--profile=5 must be START:STOP",)),
     "backward profile": ((*FRESH, "--profile=3:2"), ("--profile=3:2 must be START:STOP",)),
+    "no exit code": (
+        (*FRESH, "--stopped_exit_code=256"),
+        ("--stopped_exit_code=256 must be an integer in the range [0, 255]",),
+    ),
     "changed moments": (
         (*TRAIN, "--config.mesh.expert=2", "--config.optimizer.b1=0.5"),
         ("optimizer.b1=0.5 differs from 0.9", "--workdir", "train.init_from"),

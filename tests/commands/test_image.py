@@ -103,6 +103,7 @@ def test_a_manifest_starts_what_can_run(name: str) -> None:
     flags = dict(word.removeprefix("--").partition("=")[::2] for word in program[3:])
     overrides = [f"{flag[7:]}={value}" for flag, value in flags.items() if flag.startswith("config.")]
     assert {flag for flag in flags if "." not in flag} <= {*flags_of("train"), *HOST_FLAGS}
+    assert 0 < int(flags["stopped_exit_code"]) < 256  # or a job that was stopped would be complete
     config = load_config(flags["config"], overrides)
     assert config.mesh.replica == jobs.get("replicas", 1)
     check_batch(config, devices * job["parallelism"] // config.mesh.model_ranks)

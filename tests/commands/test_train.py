@@ -3,10 +3,12 @@
 import pathlib
 import shlex
 from typing import Any
+from unittest import mock
 
 import pytest
 
-from bigmac_jax.config import ConfigError
+from bigmac_jax.config import Config, ConfigError
+from bigmac_jax.run.loop import Result
 
 
 @pytest.mark.parametrize("devices", [0, 2])
@@ -28,3 +30,20 @@ def test_what_is_no_range_of_steps(command: Any, text: str) -> None:
     assert command("train")._steps("10:12") == (10, 12)
     with pytest.raises(ConfigError, match=f"--profile={text} must be START:STOP"):
         command("train")._steps(text)
+
+
+def test_a_run_that_was_stopped_has_an_exit_code_of_its_own(command: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    program, done = command("train"), Config().train.steps
+    for name, value in {"_WORKDIR": "runs/none", "_PROFILE": "", "_STOPPED": 75}.items():
+        monkeypatch.setattr(program, name, mock.Mock(value=value))
+    monkeypatch.setattr(program, "cli", mock.MagicMock())
+    monkeypatch.setattr(program, "_config", lambda _: (Config(), Config(), ""))
+    monkeypatch.setattr(program, "notes", mock.Mock())
+    for result, code in (
+        (Result(3, False, None), 75),
+        (Result(done, True, None), 0),
+        (Result(done, True, None, done), 0),
+    ):
+        monkeypatch.setattr(program, "train", mock.Mock(return_value=result))
+        monkeypatch.setattr(program, "_next", str)
+        assert program.main() == code
