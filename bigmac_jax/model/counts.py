@@ -148,8 +148,8 @@ def declarations(model: ModelConfig, split_experts: bool, length: int) -> list[t
 
 
 def flops(config: Config, causal: bool = False) -> dict[str, float]:
-    """Matmul FLOPs of a training step by part: 6 a token and active parameter, attention, and what makes a hyper
-    router's matrix; no padding, no rematerialisation.
+    """Matmul FLOPs of a training step by part: 6 a token and active parameter, 4 if it is not trained, attention, and
+    what makes a hyper router's matrix; no padding, no rematerialisation, nor the products of adapters.
 
     Args:
       causal: count half of attention's scores and values, as Megatron and MaxText do; a mask of documents changes
@@ -160,8 +160,7 @@ def flops(config: Config, causal: bool = False) -> dict[str, float]:
     h, q, matrices = m.hidden_size, m.num_heads * m.head_size, 3 if m.gated else 2
     moe = m.count_trained("E")
     per_token: dict[str, float] = {
-        "attention": m.count_trained("*") * (2 * h * q + 2 * h * m.kv_heads * m.head_size + 2 * seen * q)
-        + 2 * h * h * m.mtp_modules,
+        "attention": m.count_trained("*") * (2 * h * q + 2 * h * m.kv_heads * m.head_size) + 2 * h * h * m.mtp_modules,
         "output": h * m.vocab_size * (1 + m.mtp_modules),
     }
     if m.is_moe:
@@ -172,17 +171,29 @@ def flops(config: Config, causal: bool = False) -> dict[str, float]:
             "projections": moe * sum(projections(m).values()),
         }
     per_token["mlp"] = m.count_trained("-") * matrices * h * m.mlp_width
-    if mamba := m.count_trained("M"):
-        per_token["mamba"] = mamba * sum(token_products(m, config.mamba_chunk).values())
-    tokens = config.data.batch_size * length
-    found = {part: 6.0 * tokens * count for part, count in per_token.items() if count}
-    if m.is_moe and m.router == "frozen":  # no gradient of its matrix
-        found["router"] *= 4 / 6
+    of_mamba, mamba = token_products(m, config.mamba_chunk), m.count_trained("M")
+    per_token["mamba"] = mamba * of_mamba.pop("projections")
+    # Of activations with each other, whose products give both a gradient.
+    between = {"attention": m.count_trained("*") * 2 * seen * q, "mamba": mamba * sum(of_mamba.values())}
+    tokens, frozen = config.data.batch_size * length, frozen_parts(config)
+    found = {
+        part: 2.0 * tokens * (count * (3 - (part in frozen)) + 3 * between.get(part, 0))
+        for part, count in per_token.items()
+    }
     if m.is_moe and m.router == "hyper":
         # Not a token's: W and b are made in each pass over a layer, and their gradient goes to the vector alone.
         network = m.hyper_width * (h + (h + 1) * m.expert_count)
-        found["router"] += 4.0 * moe * config.train.accumulate_steps * network
-    return found
+        found["router"] += 2.0 * (2 - ("router" in frozen)) * moe * config.train.accumulate_steps * network
+    return {part: count for part, count in found.items() if count}
+
+
+def frozen_parts(config: Config) -> frozenset[str]:
+    """Parts of `flops` whose matrices a step does not train, so that its backward pass has no products for their
+    gradients."""
+    if config.tuning.lora_rank:
+        parts = "attention", "mamba", "router", "experts", "shared", "projections", "mlp", "output"
+        return frozenset(parts) - frozenset(config.tuning.lora_targets.split(","))
+    return frozenset({"router"} if config.model.router == "frozen" or not config.tuning.train_router else ())
 
 
 def projections(m: ModelConfig) -> dict[str, int]:

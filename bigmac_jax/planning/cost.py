@@ -61,7 +61,10 @@ def step_time(
     Raises:
       ConfigError: as `cluster`.
     """
-    return predict(make_job(config, sizes, hardware, topology, load), hardware)
+    times = predict(make_job(config, sizes, hardware, topology, load), hardware)
+    peak = math.prod(sizes.values()) * hardware.flops_per_second(config.execution.dtype)
+    whole, causal = (sum(counts.flops(config, causal).values()) / peak for causal in (False, True))
+    return replace(times, at_peak=whole, at_peak_causal=causal)
 
 
 def make_job(config: Config, sizes: Sizes, hardware: Hardware, topology: Torus | None = None, load: Load = EVEN) -> Job:
@@ -98,6 +101,7 @@ def make_job(config: Config, sizes: Sizes, hardware: Hardware, topology: Torus |
         forward_passes=counts.forward_passes(config),
         to_logits=counts.passes_to_logits(config),
         again=recomputed(config),
+        frozen=counts.frozen_parts(config),
         padding=padding,
         imbalance=imbalance,
         updated=setting.count.updated_of_a_rank,
@@ -139,10 +143,11 @@ def flops_outside_kernels(config: Config) -> float:
     """
     shape, m, again = Shape.of(config), config.model, recomputed(config)
     forward, to_logits = counts.forward_passes(config), counts.passes_to_logits(config)
+    frozen = counts.frozen_parts(config)
     found, last = 0.0, dict[str, float]()
     for part, X, Y, times, _ in shape.products():
         if part != "experts":
-            found += X * Y * times * passes_of(part, forward, to_logits, again)
+            found += X * Y * times * passes_of(part, forward, to_logits, again, frozen)
             last[part] = X * Y if again.get(part) == 1.0 else 0
     if "gate" in m.latent_norms:  # a factor of what is added
         last["projections"] = 0

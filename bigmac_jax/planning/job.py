@@ -4,7 +4,7 @@ A `Job` is of a config of ours (`planning.cost`) or of a published run (`plannin
 same: docs/planning-truth.md holds them against what others have measured. R row width, F expert hidden.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 
 from bigmac_jax.planning.hardware import Hardware
@@ -60,6 +60,7 @@ class Job:
       causal: attention leaves out what the mask hides.
       forward_passes, to_logits: forward passes, and those of them whose logits are computed.
       again: the share of each part's forward pass that is recomputed; also of "scores" and of "passes" over memory.
+      frozen: parts whose matrices get no gradient.
       padding: rows that experts multiply over rows that hold a token.
       imbalance: the busiest expert rank's rows over the mean.
       updated: parameters of a rank that the optimizer reads.
@@ -90,6 +91,7 @@ class Job:
     forward_passes: float = 1.0
     to_logits: float = 1.0
     again: Mapping[str, float] = field(default_factory=dict)
+    frozen: Collection[str] = ()
     padding: float = 1.0
     imbalance: float = 1.0
     updated: float = 0.0
@@ -130,7 +132,7 @@ class Times:
     optimizer: float  # its passes over memory, and those that add up the gradients of a batch in parts
     hidden: float  # the part of `exchange` that runs beside matmuls, at best
     tokens: int  # tokens of a step
-    at_peak: float  # seconds of the step's useful FLOPs (`counts.flops`) at the machine's peak
+    at_peak: float  # seconds of the step's useful FLOPs (`counts.flops`; a published run's are its shape's) at the peak
     tensor: float = 0.0  # sequences gathered, and sums of them scattered, over mesh.tensor
     parameters: float = 0.0  # parameters gathered from their shards, with mesh.fsdp
     attention: float = 0.0  # scores and values; the scan of Mamba layers
@@ -235,13 +237,15 @@ def predict(job: Job, hardware: Hardware) -> Times:
     )
 
 
-def passes_of(part: str, forward: float, to_logits: float, again: Mapping[str, float]) -> float:
+def passes_of(
+    part: str, forward: float, to_logits: float, again: Mapping[str, float], frozen: Collection[str] = ()
+) -> float:
     """Times that a step goes through a part's products.
 
     Args:
-      forward, to_logits, again: as `Job.forward_passes`, `Job.to_logits` and `Job.again`.
+      forward, to_logits, again, frozen: as `Job.forward_passes`, `Job.to_logits`, `Job.again` and `Job.frozen`.
     """
-    return (to_logits if part == "output" else forward) + again.get(part, 0.0) + BACKWARD
+    return (to_logits if part == "output" else forward) + again.get(part, 0.0) + BACKWARD - (part in frozen)
 
 
 def product_seconds(job: Job, hardware: Hardware) -> dict[str, float]:
@@ -250,7 +254,7 @@ def product_seconds(job: Job, hardware: Hardware) -> dict[str, float]:
     seconds: dict[str, float] = {}
     for product in job.shape.products():
         part = product.part
-        passes = passes_of(part, job.forward_passes, job.to_logits, job.again)
+        passes = passes_of(part, job.forward_passes, job.to_logits, job.again, job.frozen)
         eight_bit = job.eight_bit and part in EIGHT_BIT_PARTS
         rate = hardware.peak(job.dtype, eight_bit) * hardware.matmul_efficiency
         if part == "experts":

@@ -388,6 +388,15 @@ def test_work_that_is_done_twice() -> None:
     assert [(job.forward_passes, job.parts) for job in jobs] == [(2, 2), (1, 2)]
 
 
+@pytest.mark.parametrize("model", [{}, {"router": "hyper"}, {"blocks": "M*E", "mamba_heads": 4, "mamba_head_dim": 8}])
+def test_useful_flops_are_those_of_the_counts(model: dict[str, Any]) -> None:
+    """And of metrics.jsonl, which takes its MFU from them, whatever the model."""
+    c = config(**model)
+    times = step_time(c, sizes(expert=2), PLAIN)
+    for at_peak, causal in ((times.at_peak, False), (times.at_peak_causal, True)):
+        assert at_peak == sum(counts.flops(c, causal).values()) / (2 * 5e11)
+
+
 def test_padded_rows_are_multiplied() -> None:
     for factor, name, more in ((1.25, "all_to_all", 1.25), (1.25, "dedup", 1), (math.inf, "all_to_all", 1)):
         job = make_job(config(capacity_factor=factor, exchange=name), sizes(expert=2), PLAIN)

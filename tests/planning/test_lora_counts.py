@@ -19,6 +19,7 @@ from bigmac_jax.model.traffic import exchange_traffic, replica_bytes, tensor_byt
 from bigmac_jax.planning import compiled_programs
 from bigmac_jax.planning.cost import gradient_bytes, make_job, step_time
 from bigmac_jax.planning.hardware import load_hardware
+from bigmac_jax.planning.job import product_seconds
 from bigmac_jax.planning.place import Request
 from bigmac_jax.planning.planner import make_plan
 from bigmac_jax.planning.shapes import Shape
@@ -78,7 +79,8 @@ def test_training_is_that_of_the_model_alone(name: str, mesh: Any, remat: str) -
     sizes = {"replica": 1} | {axis: getattr(with_.mesh, axis) for axis in ("data", "node", "expert", "tensor")}
     assert trained(with_, sizes) == trained(without, sizes)
     whole = dataclasses.replace(with_, tuning=TuningConfig())
-    assert counts.flops(whole)["output"] == (1 + with_.model.mtp_modules) * counts.flops(without)["output"]
+    outputs = 1 + with_.model.mtp_modules  # each with a gradient of its matrix, too
+    assert 2 * counts.flops(whole)["output"] == 3 * outputs * counts.flops(without)["output"]
     held, group = counts.parameters(with_, sizes), ExpertGroup((sizes["node"], sizes["expert"]), "gpu", "")
     of_whole = counts.parameters(whole, sizes)
     assert (held.total, held.parts, held.of_a_rank) == (of_whole.total, of_whole.parts, of_whole.of_a_rank)
@@ -143,6 +145,39 @@ def test_a_plan() -> None:
     columns = [[plan, *plan["baselines"].values()] for plan in plans]
     assert [of_training(column) for column in columns[0]] == [of_training(column) for column in columns[1]]
     assert plans[0]["memory"]["parameters"] > plans[1]["memory"]["parameters"]
+
+
+def test_matrices_without_adapters_get_no_gradient() -> None:
+    """Of their three products two are left, in FLOPs and in seconds; scores and Mamba's scan have all of theirs."""
+    config = config_of("hybrid", (1, 1, 1), modules=False, tuning={"lora_targets": "experts"})
+    whole, sizes = dataclasses.replace(config, tuning=TuningConfig()), {"data": 1, "node": 1, "expert": 1}
+    found, of_whole = counts.flops(config), counts.flops(whole)
+    of_matrices = {part: 3 * (count - found[part]) for part, count in of_whole.items()}
+    scores = 6 * 64 * 2 * 8 * 16
+    scan = of_whole["mamba"] - 6 * 64 * 16 * (3 * 16 + 2 * 12 + 4)
+    assert of_matrices == of_whole | {
+        "experts": 0, "attention": of_whole["attention"] - scores, "mamba": of_whole["mamba"] - scan
+    }  # fmt: skip
+    jobs = [make_job(c, sizes, HARDWARE) for c in (config, whole)]
+    seconds, of_whole = (product_seconds(job, HARDWARE) for job in jobs)
+    assert {part: round(seconds[part] / of_whole[part], 6) for part in seconds} == dict.fromkeys(
+        seconds, round(2 / 3, 6)
+    ) | {"experts": 1.0}
+    alone = dataclasses.replace(whole, tuning=TuningConfig(train_router=False))
+    assert 3 * counts.flops(alone)["router"] == 2 * counts.flops(whole)["router"]
+
+
+@pytest.mark.full
+def test_flops_are_the_programs() -> None:
+    """But for the adapters' own, and what the first layer's inputs would get."""
+    config = config_of("experts", (1, 1, 1), modules=False, tuning={"lora_targets": "attention"}, attention="xla")
+    config = dataclasses.replace(
+        config,
+        model=dataclasses.replace(config.model, capacity_factor=1.0, top_k=2, num_layers=4),
+        data=dataclasses.replace(config.data, sequence_length=32, batch_size=64),
+    )
+    step = compiled_programs.describe_programs(config, compiled_programs.Target(jax.devices()[:1]), ("step",))["step"]
+    assert step["flops_per_step"] == pytest.approx(sum(counts.flops(config).values()), rel=0.03)
 
 
 @pytest.mark.full
