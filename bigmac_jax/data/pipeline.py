@@ -2,7 +2,11 @@
 
 import codecs
 import logging
+import multiprocessing
+import os
 import pathlib
+import signal
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -22,7 +26,7 @@ from bigmac_jax.data.mixed_stream import Mixture
 from bigmac_jax.data.packing import PackedDocuments, PackedWindows
 from bigmac_jax.data.token_cache import CachedStream, JoinedStream, MemoryStream, TokenStream, open_cached_stream
 from bigmac_jax.data.tokenizer import Tokenizer, load_tokenizer
-from bigmac_jax.runtime import storage
+from bigmac_jax.runtime import signals, storage
 
 _BUFFERED_BATCHES = 4
 _ENDLESS = 1 << 62  # rows of all epochs; of sys.maxsize Grain finds no number of batches, where a batch is one row
@@ -222,9 +226,25 @@ class TrainIterator(Iterator[Batch]):
             if not flags.FLAGS.is_parsed():  # Grain hands the flags on to its workers; a notebook has parsed none
                 flags.FLAGS.mark_as_parsed()
             batches = batches.mp_prefetch(
-                grain.MultiprocessingOptions(num_workers=data.num_workers, per_worker_buffer_size=_BUFFERED_BATCHES)
+                grain.MultiprocessingOptions(num_workers=data.num_workers, per_worker_buffer_size=_BUFFERED_BATCHES),
+                worker_init_fn=_end_with_parent_alone,
             )
         return iter(batches)
+
+
+def _end_with_parent_alone(_index: int, _count: int) -> None:
+    """Makes a worker ignore what a terminal or a launcher sends to the whole group: a run that saves before it ends may
+    wait for a batch. The worker ends when the run closes it, or dies."""
+    for number in signals.WORDS:
+        signal.signal(number, signal.SIG_IGN)
+
+    def watch() -> None:
+        parent = multiprocessing.parent_process()
+        assert parent is not None
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def eval_batches(

@@ -2,6 +2,9 @@
 
 import itertools
 import json
+import multiprocessing
+import os
+import signal
 import time
 import types
 
@@ -112,11 +115,18 @@ def test_worker_processes(small, text_file, make_config):
     iterator = TrainIterator(config, small[1])
     np.testing.assert_array_equal(take(iterator, 5), expected[:5])
     state = iterator.get_state()
+    (worker,) = multiprocessing.active_children()
     iterator.close()
+    assert not worker.is_alive()
     iterator.set_state(state)
-    np.testing.assert_array_equal(take(iterator, 25), expected[5:])
+    np.testing.assert_array_equal(take(iterator, 1), expected[5:6])
+    (worker,) = multiprocessing.active_children()
+    for number in (signal.SIGINT, signal.SIGTERM):  # to the group: the run takes the batches up to its last save
+        os.kill(worker.pid, number)
+    np.testing.assert_array_equal(take(iterator, 24), expected[6:])
     assert iterator.get_state() == {"batches": 30}
     iterator.close()
+    assert not worker.is_alive()
 
 
 def test_throughput(sotu):
