@@ -260,7 +260,7 @@ class _Run:
         self.best = hosts.broadcast(self.checkpoints.best_loss())  # which may have been set aside
         self.learned = self._learned(position)
         self.batches_ahead = given - self.first_step
-        self.goodput.go_back(self.first_step)
+        self.goodput.go_back(self.first_step, bad.step)
         self.data.set_state({"batches": given}, self.first_step)
         self.writer.close()
         self.writer = self._writer()

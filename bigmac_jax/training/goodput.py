@@ -39,11 +39,22 @@ class Goodput:
             self._kept += [(r["step"], r["goodput/steps_s"]) for r in earlier]
             self.go_back(first_step)
 
-    def go_back(self, step: int) -> None:
-        """Counts the steps after this one as lost: they are done again."""
+    def go_back(self, step: int, reached: int | None = None) -> None:
+        """Counts the steps after this one as lost: they are done again. Between two records all take the same time.
+
+        Args:
+          reached: the step that the run is at; by default that of the last record.
+        """
+        if reached is not None:
+            self._kept.append((reached, self._steps()))
+        later = None
         while len(self._kept) > 1 and self._kept[-1][0] > step:
-            self._kept.pop()
-        lost = self._steps() - self._kept[-1][1]
+            later = self._kept.pop()
+        begin, seconds = self._kept[-1]
+        if later:
+            seconds += (later[1] - seconds) * (step - begin) / (later[0] - begin)
+            self._kept.append((step, seconds))
+        lost = self._steps() - seconds
         self._base["steps"] -= lost
         self._base["lost"] += lost
 

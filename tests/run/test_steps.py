@@ -218,7 +218,7 @@ def test_a_rewind_goes_on_with_the_next_batch(of_run: Any, monkeypatch: pytest.M
     assert (of_run.first_step, of_run.batches_ahead, of_run.bad_steps) == (4, 5, 2)
     assert of_run.best == 3.5 and of_run.learned is of_run._learned(position)
     of_run.data.set_state.assert_called_once_with({"batches": 9}, 4)
-    of_run.goodput.go_back.assert_called_once_with(4)
+    of_run.goodput.go_back.assert_called_once_with(4, 7)
     of_run._check_workdir.assert_called_once_with(7)
     of_run._report.assert_called_once_with("rewind", 4, bad, **{"from": 7})
 

@@ -77,9 +77,29 @@ def test_steps_that_are_done_again_are_lost(passed: dict[str, float]) -> None:
     counted.go_back(5)
     found = parts(counted.record(5))
     assert (found["steps"], found["lost"]) == (9.0, 4.0)
-    counted.go_back(3)
+    counted.go_back(0)
     found = parts(counted.record(0))
     assert (found["steps"], found["lost"]) == (0.0, 13.0)
+
+
+def test_steps_between_two_records_take_the_same_time(passed: dict[str, float]) -> None:
+    """4 steps took 8 s and 6 took 11, and the run is at 10 after 15: back to 8 and to 5, of which no record is."""
+    counted = Goodput([], 0)
+    for step, seconds in ((4, 8.0), (6, 11.0)):
+        passed["steps"] = seconds
+        counted.record(step)
+    passed["steps"] = 15.0
+    counted.go_back(8, 10)
+    found = parts(counted.record(8))
+    assert (found["steps"], found["lost"]) == (13.0, 2.0)
+    counted.go_back(5)
+    found = parts(counted.record(5))
+    assert (found["steps"], found["lost"]) == (9.5, 5.5)
+    last = {f"goodput/{part}_s": seconds for part, seconds in PARTS.items()} | {"goodput/since_unix_s": 100.0}
+    records = [last | {"step": step, "goodput/steps_s": step / 10, "goodput/wall_s": 20.0} for step in (20, 40)]
+    passed["steps"] = 0.0
+    found = parts(Goodput(records, 30).record(30))
+    assert (found["steps"], found["lost"]) == (3.0, 1.5)
 
 
 def test_a_later_start_goes_on_counting(passed: dict[str, float]) -> None:
