@@ -60,20 +60,20 @@ def main() -> None:
         )
         texts = next(rows).inputs_BL
     for step in range(max(at) + 1):
-        batch = place(next(batches), batch_spec(2))
+        batch, rate = place(next(batches), batch_spec(2)), trainer.rate(step)
         if step == 0 and mesh.size > 1:
             steps = {case: make_trainer(_with(config, case), mesh).step for case in _CASES.value}
-            timed = {case: made.lower(state, batch).compile() for case, made in steps.items()}
+            timed = {case: made.lower(state, batch, rate).compile() for case, made in steps.items()}
             step_of = timed[_CASES.value[-1]]
         if step in at and timed:
-            _times(step, state, batch, timed)
+            _times(step, state, (batch, rate), timed)
         elif step in at:
             # A row's own loads, [rows, layers, experts], in choices.
             own = np.stack([np.asarray(loads(state, place(text[None], batch_spec(2)))) for text in texts])
             _loads(step, config, own * L * config.model.choices, L)
         if step == max(at):
             break
-        state, metrics = step_of(state, batch)
+        state, metrics = step_of(state, batch, rate)
         # Devices that share two cores wait for each other for ever where many programs are dispatched at once.
         jax.block_until_ready(metrics)
 
@@ -98,15 +98,15 @@ def _loads(step: int, config: Config, own: np.ndarray, length: int) -> None:
     print(json.dumps(line), flush=True)
 
 
-def _times(step: int, state: Any, batch: Any, cases: dict[str, Any]) -> None:
-    """Prints the seconds of a step of each case, from this state, on this batch, and its temporary memory."""
+def _times(step: int, state: Any, inputs: Any, cases: dict[str, Any]) -> None:
+    """Prints the seconds of a step of each case, from this state, on these inputs, and its temporary memory."""
 
     def runner(step_of: Any) -> Callable[[], float]:
         def run() -> float:
             own = jax.block_until_ready(jax.tree.map(lambda x: x.copy(), state))
             start = time.perf_counter()
             for _ in range(_STEPS.value):
-                own, metrics = step_of(own, batch)
+                own, metrics = step_of(own, *inputs)
                 jax.block_until_ready(metrics)
             return (time.perf_counter() - start) / _STEPS.value
 

@@ -207,10 +207,13 @@ def bars(images: pathlib.Path, runs: list[Run]) -> str:
     groups = list(dict.fromkeys(trained for trained, _ in found))
     figure, axes = plt.subplots(1, len(ALL), figsize=(15, 3.6), layout="constrained")
     for axis, domain in zip(axes, ALL, strict=True):
-        for number, structure in enumerate(s for s in STRUCTURES if any(s == name for _, name in found)):
+        structures = [s for s in STRUCTURES if any(s == name for _, name in found)]
+        width = 0.8 / len(structures)
+        for number, structure in enumerate(structures):
             at = [i for i, trained in enumerate(groups) if (trained, structure) in found]
             values = [mean([r["read"][domain]["bits_per_byte"] for r in found[groups[i], structure]]) for i in at]
-            axis.bar([i + 0.27 * (number - 1) for i in at], [v for v, _ in values], 0.25, capsize=2,
+            left = (number - (len(structures) - 1) / 2) * width
+            axis.bar([i + left for i in at], [v for v, _ in values], 0.9 * width, capsize=2,
                      yerr=[0 if math.isnan(e) else e for _, e in values], label=structure)  # fmt: skip
         axis.set(title=f"read in {domain}", xticks=range(len(groups)), ylabel="bits a byte")
         axis.set_xticklabels(["all" if trained == ALL else trained[0] for trained in groups], fontsize=8)

@@ -63,8 +63,8 @@ def strategies(lab: Lab, rate: float, quick: bool) -> Result:
     result = Result(
         "Beyond the paper: exchanges",
         "bigmac, K = 8, machines of two hosts (those of Figure 6): the exchange's time as the paper sends it "
-        "(all_to_all, bfloat16) over that of other strategies and formats. Losses with f = 1.2 and four shared "
-        "experts, as in Figure 1, at its learning rate and at a quarter of it, seed by seed; among so few ranks "
+        "(all_to_all, bfloat16) over that of other strategies and formats. Losses at h = 64 with f = 1.2 and four "
+        "shared experts, at Figure 1's learning rate and at a quarter of it, seed by seed; among so few ranks "
         "hierarchical has room for every row, so that it drops none where all_to_all does.",
     )
     runs = {}
