@@ -148,6 +148,8 @@ def _computed(config: Config) -> dict[str, Any]:
 
 def from_json(values: dict[str, Any], checkpoint: Checkpoint) -> Config:
     config = read_description(values["bigmac_jax"], checkpoint)
+    # transformers writes all of the class's fields, also those of experts where there are none.
+    layout.check_known(checkpoint, values, ["bigmac_jax", "intermediate_size"], _computed(config), _computed(Config()))
     if config.model.is_moe and config.model.router == "hyper":
         raise ConfigError(
             f"{checkpoint.directory / 'config.json'}: model.router=hyper must be affine: an export has the "
@@ -159,6 +161,8 @@ def from_json(values: dict[str, Any], checkpoint: Checkpoint) -> Config:
                 f"{checkpoint.directory / 'config.json'}: {name}={values[name]} must be {value}, as its bigmac_jax "
                 f"section has it; change both, or neither"
             )
+    if config.model.tie_embeddings:
+        layout.leave_out_tied(checkpoint, "model.embed_tokens.weight", "lm_head.weight")
     return config
 
 

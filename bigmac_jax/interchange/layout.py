@@ -4,12 +4,15 @@ Ours are stacked: layers.attention.query.w_DF is [layers, D, F]. A checkpoint ha
 """
 
 import json
+import logging
 import math
 import pathlib
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
+
+import numpy as np
 
 from bigmac_jax.config import (
     TOKENIZER_SIZES,
@@ -21,11 +24,26 @@ from bigmac_jax.config import (
     from_dict,
 )
 from bigmac_jax.config.blocks import Stack
+from bigmac_jax.data.documents import log_once
 from bigmac_jax.interchange.tensor_files import Checkpoint, Index
 from bigmac_jax.interchange.tokenizer_files import TOKENIZER_FILES
+from bigmac_jax.runtime import hosts
 
 Leaves = dict[str, Any]  # our parameters, or their shapes, by name
 ACTIVATIONS = {"silu": "silu", "gelu": "gelu_pytorch_tanh", "relu2": "relu2"}  # ours is the tanh approximation
+# Fields of any config.json that change nothing of what a model computes on a text: names and versions, how it is drawn
+# and trained, and how text is generated.
+_HARMLESS = {
+    "architectures", "attention_dropout", "auto_map", "bos_token_id", "chunk_size_feed_forward", "do_sample",
+    "dtype", "eos_token_id", "hidden_dropout", "id2label", "initializer_range", "is_decoder", "is_encoder_decoder",
+    "label2id", "max_length", "min_length", "model_type", "output_attentions", "output_hidden_states",
+    "output_router_logits", "pad_token_id", "problem_type", "repetition_penalty", "return_dict",
+    "router_aux_loss_coef", "sep_token_id", "temperature", "tokenizer_class", "top_k", "top_p", "torch_dtype",
+    "transformers_version", "use_cache",
+}  # fmt: skip
+# What computes something wherever it is set: final_logit_softcapping, attention_multiplier (also one of 1, which stands
+# for 1 / √H), quantization_config.
+_COMPUTING = re.compile("soft_?cap|multiplier|logits?_scal|quantization")
 _LONGEST = 4096  # tokens of a window in which an imported model is trained, whatever it could take
 
 
@@ -145,6 +163,49 @@ def fill_json(values: dict[str, Any], defaults: dict[str, Any], other_names: dic
     dtype = {"dtype": given["torch_dtype"]} if "torch_dtype" in given else {}
     others = {name: given[other] for other, name in other_names.items() if other in given}
     return defaults | dtype | given | others
+
+
+def check_known(checkpoint: Checkpoint, values: Mapping[str, Any], *read: Iterable[str]) -> None:
+    """Names the fields of a checkpoint's config.json in a line that are neither read nor known to change nothing.
+
+    Args:
+      read: those that are read, or that the format's other readers compute nothing by.
+
+    Raises:
+      ConfigError: one of them changes what a model computes.
+    """
+    file, known = checkpoint.directory / "config.json", _HARMLESS.union(*read)
+    unknown = sorted(name for name in values if values[name] is not None and name not in known and name[:1] != "_")
+    for name in unknown:
+        if _COMPUTING.search(name) and values[name] not in (False, {}):
+            raise ConfigError(
+                f"{file}: {name}={str(values[name])[:60]} changes what a model computes, and bigmac_jax has no such "
+                f"model; get one without it"
+            )
+    if unknown and hosts.is_first():
+        names = " ".join(", ".join(unknown[:9]).split()) + (f" and {len(unknown) - 9} more" if unknown[9:] else "")
+        log_once(logging.WARNING, f"{file}: nothing is known of {names}; no such field is read")
+
+
+def leave_out_tied(checkpoint: Checkpoint, table: str, other: str) -> None:
+    """Leaves out the output's table (`other`) where one table serves both, and a file has it under both names.
+
+    Raises:
+      ConfigError: they are two tables.
+    """
+    if other in checkpoint:
+        if not same_tensors(checkpoint, table, other):
+            raise ConfigError(
+                f"{checkpoint.directory / 'config.json'}: tie_word_embeddings=True, and {other} of the tensors is not "
+                f"{table}; get a good copy, or set it to false if the model has both"
+            )
+        checkpoint.leave_out(other)
+
+
+def same_tensors(checkpoint: Checkpoint, first: str, second: str) -> bool:
+    """Whether a checkpoint holds two tensors, and they are equal."""
+    both = first in checkpoint and second in checkpoint
+    return both and np.array_equal(checkpoint.read(first), checkpoint.read(second))
 
 
 def common_json(config: Config) -> dict[str, Any]:

@@ -45,6 +45,15 @@ _OTHER_NAMES = {
     "num_local_experts": "n_routed_experts", "layer_types": "layers_block_type", "mamba_n_groups": "n_groups",
     "mamba_d_conv": "conv_kernel", "mamba_conv_bias": "use_conv_bias", "mamba_dt_min": "time_step_min",
 }  # fmt: skip
+# Further fields of published checkpoints: of how they are drawn or run, of rotary positions, which the class has not,
+# and what the tensors say as well.
+_UNREAD = (
+    "attention_bias", "chunk_size", "expand", "mamba_chunk_size", "mamba_dt_init_floor", "mamba_dt_limit",
+    "mamba_dt_max", "mamba_expand", "mamba_proj_bias", "mamba_ssm_cache_dtype", "moe_shared_expert_overlap",
+    "n_shared_experts", "norm_eps", "num_hidden_layers", "num_logits_to_keep", "partial_rotary_factor",
+    "rescale_prenorm_residual", "residual_in_fp32", "rope_theta", "time_step_floor", "time_step_limit",
+    "time_step_max", "time_step_rank", "use_mamba_kernels",
+)  # fmt: skip
 _MTP_BLOCKS = "*E"  # the class's own, where a config.json has modules and no blocks
 _KINDS = {"*": "full_attention", "M": "linear_attention", "E": "moe", "-": "mlp"}
 _LETTERS = {kind: letter for letter, kind in _KINDS.items()} | {"attention": "*", "mamba": "M"}  # and older names
@@ -239,6 +248,7 @@ def _moe_json(m: ModelConfig) -> dict[str, Any]:
 
 
 def from_json(values: dict[str, Any], checkpoint: Checkpoint) -> Config:
+    layout.check_known(checkpoint, values, _DEFAULTS, _OTHER_NAMES, _UNREAD)
     v = layout.fill_json(values, _DEFAULTS, _OTHER_NAMES)
     pattern = _read_pattern(v, checkpoint)
     modules, of_module = _read_next_tokens(v, checkpoint, pattern)
@@ -259,7 +269,7 @@ def from_json(values: dict[str, Any], checkpoint: Checkpoint) -> Config:
         "qk_norm": False,
         "norm_eps": float(v["layer_norm_epsilon"]),
         "tie_embeddings": v["tie_word_embeddings"]
-        and _same(checkpoint, "backbone.embeddings.weight", "lm_head.weight"),
+        and layout.same_tensors(checkpoint, "backbone.embeddings.weight", "lm_head.weight"),
     }
     if "M" in everywhere:
         model |= _mamba_fields(v, checkpoint)
@@ -377,11 +387,6 @@ def _moe_fields(v: dict[str, Any], checkpoint: Checkpoint, mixers: list[str]) ->
         "top_groups": best_groups if limited else 1,
         "group_scores": "top_2" if limited else "top_k",
     }
-
-
-def _same(checkpoint: Checkpoint, first: str, second: str) -> bool:
-    both = first in checkpoint and second in checkpoint
-    return both and (checkpoint.read(first) == checkpoint.read(second)).all().item()
 
 
 def split_stored(name: str, shape: tuple[int, ...]) -> Iterator[tuple[str, Index]]:

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from bigmac_jax.config import Config, ModelConfig
-from bigmac_jax.interchange.layout import Leaves, Tensor, describe_config, read_description, split_leaf
+from bigmac_jax.interchange.layout import Leaves, Tensor, check_known, describe_config, read_description, split_leaf
 from bigmac_jax.interchange.tensor_files import Checkpoint, Index
 
 _DIMENSIONS = {
@@ -53,6 +53,7 @@ def to_json(config: Config, leaves: Leaves) -> dict[str, Any]:
 
 
 def from_json(values: dict[str, Any], checkpoint: Checkpoint) -> Config:
+    check_known(checkpoint, values, ["config", "dimensions", "tensors"])
     return read_description(values["config"], checkpoint)
 
 

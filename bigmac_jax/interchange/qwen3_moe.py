@@ -18,6 +18,8 @@ _DEFAULTS: dict[str, Any] = {
     "num_experts": 128, "norm_topk_prob": False, "rope_theta": 10_000.0, "dtype": "float32",
 }  # fmt: skip
 _OTHER_NAMES = {"num_local_experts": "num_experts"}
+# Read in another way, or of dense layers and windows of attention, which an import refuses.
+_UNREAD = ("rope_scaling", "rope_parameters", "intermediate_size", "max_window_layers", "sliding_window")
 
 
 def find_obstacles(config: ModelConfig) -> list[str]:
@@ -90,6 +92,7 @@ def to_json(config: Config, leaves: Leaves) -> dict[str, Any]:
 
 
 def from_json(values: dict[str, Any], checkpoint: Checkpoint) -> Config:
+    layout.check_known(checkpoint, values, _DEFAULTS, _OTHER_NAMES, _UNREAD)
     v = layout.fill_json(values, _DEFAULTS, _OTHER_NAMES)
     rope = v.get("rope_scaling") or v.get("rope_parameters") or {}  # the class reads one of them, this one first
     v |= {"rope_theta": rope.get("rope_theta", v["rope_theta"])}
@@ -109,6 +112,8 @@ def from_json(values: dict[str, Any], checkpoint: Checkpoint) -> Config:
             "false where num_experts_per_tok is 1",
         ),
     )
+    if v["tie_word_embeddings"]:
+        layout.leave_out_tied(checkpoint, "model.embed_tokens.weight", "lm_head.weight")
     return make_config(
         v,
         checkpoint,

@@ -25,8 +25,10 @@ from bigmac_jax.interchange import (
     layout,
     nemotron_h,
     open_checkpoint,
+    plain,
     qwen3_moe,
 )
+from bigmac_jax.interchange.tensor_files import Checkpoint
 from bigmac_jax.model.parameters import named_leaves
 
 from .architectures import logits
@@ -185,6 +187,49 @@ def test_fused_experts_are_read(tmp_path: pathlib.Path) -> None:
             again, copy = import_model(tmp_path / name)
             assert again.model.rope_theta == config.model.rope_theta
         jax.tree.map(np.testing.assert_array_equal, leaves(copy), leaves(model))
+
+
+@pytest.mark.parametrize(
+    ("form", "name"),
+    [(nemotron_h, "bigmac"), (qwen3_moe, "qwen"), (bigmac, "tiny"), (bigmac, "dense"), (plain, "tiny")],
+)
+def test_fields_of_config_json_that_nothing_reads(
+    form: Any, name: str, tmp_path: pathlib.Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """They are named in a line, but for what stands in any file; those that would change numbers are refused."""
+    save_file({}, tmp_path / "model.safetensors")
+    checkpoint, values = Checkpoint(tmp_path, form.split_stored), form.to_json(config_of(name), {})
+    silent = {"torch_dtype": None, "eos_token_id": [1], "transformers_version": "5", "_name_or_path": "x", "tau": None}
+    form.from_json(values | silent, checkpoint)
+    assert not caplog.messages
+    form.from_json(values | {"zeta": 1, "alpha": False, "final_logit_softcapping": None}, checkpoint)
+    line = f"{tmp_path / 'config.json'}: nothing is known of alpha, zeta; no such field is read"
+    assert caplog.messages == [line]
+    for field in ({"final_logit_softcapping": 30}, {"attention_multiplier": 1}, {"quantization_config": {"bits": 8}}):
+        ((key, value),) = field.items()
+        with pytest.raises(ConfigError, match=f"config.json: {key}={value} changes what a model computes"):
+            form.from_json(values | field, checkpoint)
+
+
+@pytest.mark.parametrize(("form", "name"), [(qwen3_moe, "qwen tied"), (bigmac, "tiny")])
+def test_a_tied_table_may_stand_in_a_file_twice(form: Any, name: str, tmp_path: pathlib.Path) -> None:
+    """Two tables are another model."""
+    values, table = form.to_json(config_of(name), {}), np.arange(6, dtype=np.float32).reshape(3, 2)
+    names = ("model.embed_tokens.weight", "lm_head.weight")
+    for other in (table, table + 1, table[:2]):
+        save_file(dict(zip(names, (table, other), strict=True)), tmp_path / "model.safetensors")
+        checkpoint = Checkpoint(tmp_path, form.split_stored)
+        if other is table:
+            assert form.from_json(values, checkpoint).model.tie_embeddings
+            assert checkpoint.left_out == ["lm_head.weight"] and checkpoint.names() == {names[0]}
+            continue
+        with pytest.raises(
+            ConfigError, match=f"tie_word_embeddings=True, and {names[1]} of the tensors is not {names[0]}"
+        ):
+            form.from_json(values, checkpoint)
+    if form is qwen3_moe:  # pasting the fix works
+        assert not form.from_json(values | {"tie_word_embeddings": False}, checkpoint).model.tie_embeddings
+        assert not checkpoint.left_out
 
 
 NEMOTRON_HAS_NO = {

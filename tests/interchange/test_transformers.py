@@ -157,8 +157,13 @@ def test_blocks_of_a_module_that_a_config_leaves_out_are_those_of_the_class() ->
         (qwen3_moe, "Qwen3MoeConfig", {"head_dim", "rope_theta", "dtype"}),  # told otherwise, or not at all
     ],
 )
-def test_fields_that_a_config_leaves_out_are_as_in_the_class(ours: Any, theirs: str, others: set[str]) -> None:
-    config = getattr(transformers, theirs)()
+def test_fields_that_a_config_leaves_out_are_as_in_the_class(
+    ours: Any, theirs: str, others: set[str], tmp_path: pathlib.Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """And all that the class has are known."""
+    config, checkpoint = getattr(transformers, theirs)(), types.SimpleNamespace(directory=tmp_path)
+    layout.check_known(checkpoint, config.to_dict(), ours._DEFAULTS, ours._OTHER_NAMES, ours._UNREAD)
+    assert not caplog.messages
     assert {name: getattr(config, name) for name in ours._DEFAULTS.keys() - others} == {
         name: value for name, value in ours._DEFAULTS.items() if name not in others
     }
