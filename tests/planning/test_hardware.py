@@ -59,7 +59,7 @@ def test_a_chip_of_two_cores() -> None:
     links."""
     core = load_hardware("tpu7x")
     assert core.torus is not None and core.cores == 2
-    assert (core.peak_flops, core.peak_flops_8bit, core.memory_bytes) == (1153.5e12, 2307e12, 96e9)
+    assert (core.peak_flops, core.peak_flops_8bit, core.memory_bytes) == (1153.5e12, 2307e12, 94.75 * 2**30)
     assert (core.memory_bandwidth, core.machine_ranks) == (3690e9, 2 * 9216)
     assert (core.fast.bandwidth, core.slow.bandwidth) == (50e9, 6.25e9)
     assert core.torus.slice((4, 4, 4)) == Block((2, 4, 4, 4), (False, True, True, True))
@@ -72,10 +72,23 @@ def test_a_chip_of_two_cores() -> None:
     assert (inner.shape, outer.shape, outer.stride) == ((2, 1, 1, 1), (1, 2, 2, 2), 1)
 
 
+def test_memory_is_what_a_program_gets() -> None:
+    """GiB of a device, as XLA's errors have them, in two decimals."""
+    limits = {"v5e": 15.75, "v5p": 95.74, "v6e": 31.25, "tpu7x": 94.75}
+    assert {name: round(load_hardware(name).memory_bytes / 2**30, 2) for name in TPUS} == limits
+
+
+@pytest.mark.parametrize(("name", "bits"), [("v5e", 6.4e12), ("v6e", 25.6e12)])
+def test_what_a_pod_sends_to_others(name: str, bits: float) -> None:
+    """As cloud.google.com/tpu/docs states it, of 256 chips."""
+    assert 256 * 8 * load_hardware(name).slow.bandwidth == bits
+
+
 def test_the_papers_cluster() -> None:
     paper = load_hardware("paper")
     assert (paper.peak_flops, paper.memory_bytes, paper.machine_ranks) == (149.7e12, 48e9, 8)
     assert paper.slow.bandwidth * 8 * 8 == 100e9  # bits a second of a machine
+    assert {load_hardware(name).hidden_share for name in ("paper", *GPUS)} == {0.366}
 
 
 def test_clocks_give_the_peaks() -> None:
