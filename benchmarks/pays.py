@@ -36,9 +36,14 @@ class Place(NamedTuple):
     topology: tuple[int, ...] | None = None
 
     @property
-    def fast(self) -> bool:
-        """Whether fast links join all 64."""
-        return (bool(self.topology) and math.prod(self.topology or ()) >= RANKS) or self.hardware.machine_ranks >= RANKS
+    def together(self) -> int:
+        """Devices that fast links join: a slice, a rack or a host."""
+        return math.prod(self.topology) if self.topology else self.hardware.machine_ranks
+
+    @property
+    def latency(self) -> float:
+        """Seconds of a message, over the slowest links that the exchange takes."""
+        return (self.hardware.fast if self.together >= RANKS else self.hardware.slow).latency
 
     @property
     def bytes_a_flop(self) -> float:
@@ -90,8 +95,8 @@ def sizes(nodes: int) -> dict[str, int]:
 def predicted(parts: int, place: Place, more: int = 1) -> Times:
     """The fastest of several exchanges, in one chunk and in four, of a model as `config` makes it."""
     exchanges = [("ragged", 1), ("dedup", 1)]
-    if not place.fast and not place.topology:
-        exchanges.append(("hierarchical", RANKS // place.hardware.machine_ranks))
+    if place.together < RANKS:
+        exchanges.append(("hierarchical", RANKS // place.together))
     times = [
         step_time(config(parts, name, chunks, nodes, more), sizes(nodes), place.hardware, place.topology)
         for name, nodes in exchanges
@@ -174,7 +179,7 @@ def draw(path: pathlib.Path) -> None:
     lines = axes.contour(rates, latencies, gains, levels=levels[1:-1], colors="0.3", linewidths=0.8)
     axes.clabel(lines, fmt="%.2f×")
     for number, place in enumerate(places()):
-        at = place.bytes_a_flop, (place.hardware.fast if place.fast else place.hardware.slow).latency
+        at = place.bytes_a_flop, place.latency
         axes.plot(*at, "ko", markersize=4)
         above = number % 2 == 0
         axes.annotate(place.name.partition(": ")[2] or place.name, at, fontsize=7, ha="center",

@@ -76,11 +76,18 @@ def test_a_term_that_is_left_out_is_missed() -> None:
 def test_where_it_pays() -> None:
     page = (DOCS / "pays.md").read_text()
     for place in pays.places():
-        assert f"| {place.name} | {place.bytes_a_flop:.1e} |" in page
-    rack, ethernet = pays.places()[0], pays.places()[3]
-    for place in (rack, ethernet):
-        times = pays.gain(place)
-        assert f"| {times:.2f} | {pays.verdict(times)} |" in page
+        share, times = pays.predicted(1, place).exchange_share, pays.gain(place)
+        cells = (place.name, f"{place.bytes_a_flop:.1e}", f"{share:.0%}", f"{times:.2f}", pays.verdict(times))
+        assert f"| {' | '.join(cells)} |" in page
     for found in pays.comparisons():
         assert f"| {found['measured']:.3f} | {found['predicted']:.3f} |" in page
         assert abs(found["predicted"] / found["measured"] - 1) < pays.ERROR
+
+
+def test_slices_take_what_hosts_take() -> None:
+    """Between two slices a message takes the latency of DCN, and rows may cross once for a slice."""
+    slice_, slices = (place for place in pays.places() if place.name.endswith(("v6e:8x8", "v6e:4x8")))
+    assert (slice_.latency, slices.latency) == (slice_.hardware.fast.latency, slice_.hardware.slow.latency)
+    wide = pays.config(1, "hierarchical", 4, 2)
+    times = pays.step_time(wide, pays.sizes(2), slices.hardware, slices.topology)
+    assert pays.predicted(1, slices).total <= times.total
