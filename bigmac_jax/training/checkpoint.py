@@ -162,6 +162,9 @@ class Checkpoints:
         except Exception as error:
             self._failed(error)
             return False
+        if self._saving:
+            self._folder.remove_unfinished()  # and the older ones that Orbax has set apart
+            self._saving = 0
         return True
 
     def _failed(self, error: Exception) -> None:

@@ -9,7 +9,9 @@ from typing import Any
 
 import orbax.checkpoint as ocp
 import orbax.checkpoint.checkpoint_managers as policies
+from orbax.checkpoint.path import atomicity
 
+from bigmac_jax.runtime.storage import is_store
 from bigmac_jax.training.atomic_save import temporary_path_class
 from bigmac_jax.training.checkpoint_arrays import array_handlers
 
@@ -71,5 +73,7 @@ def open_manager(
             async_options=ocp.AsyncOptions(create_directories_asynchronously=False),
             lightweight_initialize=reads,
             temporary_path_class=temporary_path_class(folder),
+            # Renamed first: what a killed run leaves of one would look damaged. A store renames nothing.
+            todelete_subdir=None if is_store(folder) else f"removed{atomicity.TMP_DIR_SUFFIX}",
         ),
     )

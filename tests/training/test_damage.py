@@ -30,6 +30,7 @@ from bigmac_jax.data.tokenizer import load_tokenizer
 from bigmac_jax.model.mesh import make_mesh
 from bigmac_jax.run import loop
 from bigmac_jax.run.loop import train
+from bigmac_jax.runtime import storage
 from bigmac_jax.training import checkpoint_arrays, manifest
 from bigmac_jax.training.bad_steps import RunError
 from bigmac_jax.training.checkpoint import Checkpoints
@@ -440,6 +441,22 @@ def test_what_a_killed_run_left_is_removed(workdir: pathlib.Path, caplog: pytest
     checkpoints.close()
     assert {path.name for path in (workdir / "checkpoints").iterdir()} == {"1", "2", "3", "4"}
     assert "could not be written" not in caplog.text
+
+
+def test_a_run_that_is_killed_while_it_removes_a_checkpoint(
+    workdir: pathlib.Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Has no damaged one: it has another name by then. What is left is removed at the next start."""
+    checkpoints, folder = Checkpoints(workdir, keep=1), workdir / "checkpoints"
+    with monkeypatch.context() as killed:
+        killed.setattr(storage, "remove_tree", lambda path: (path / "1" / "manifest.json").unlink(missing_ok=True))
+        checkpoints.save(trivial(4), {"batches": 4}, Config(), 4, None)
+        checkpoints.close()
+    left = {path.name for path in folder.iterdir()}
+    assert {"2", "4"} < left and "1" not in left  # 2 is the best
+    Checkpoints(workdir, keep=1).close()
+    assert {path.name for path in folder.iterdir()} == {"2", "4"} and not (workdir / "checkpoints-damaged").exists()
+    assert "damaged" not in caplog.text
 
 
 def test_a_full_disk_costs_a_checkpoint(small_disk: pathlib.Path, caplog: pytest.LogCaptureFixture) -> None:
