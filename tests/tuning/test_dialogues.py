@@ -211,6 +211,7 @@ def test_another_template_is_refused_before_anything_compiles(
     first, second = (config_of(tmp_path, "bytes", chat_template=str(tmp_path / name)) for name in ("first", "second"))
     begun(first, first, ByteTokenizer(), tmp_path / "run")
     monkeypatch.setattr(hosts, "is_first", lambda: False)
+    monkeypatch.setattr(hosts, "run_on_first", lambda find: find())  # what process 0 finds
     monkeypatch.setattr(start, "make_trainer", lambda *_: pytest.fail("it goes on"))
     with (
         jax.set_mesh(make_mesh(first)),
