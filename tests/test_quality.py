@@ -49,10 +49,16 @@ def test_what_a_gap_is_worth() -> None:
 
     Against half of the bytes: 1.25 · (1 - 3/4 x) = 1 - 1/2 x at x = 4/7.
     """
-    assert pages.break_even(np.log(1.25), 0.25) == pytest.approx((0.25, 0.2 / 0.75))
-    assert pages.break_even(np.log(1.25), 0.25, 0.5)[1] == pytest.approx(4 / 7)
-    assert pages.break_even(np.log(2.5), 0.25, 0.5)[1] > 1  # whatever the network
-    assert pages.break_even(np.log(0.8), 0.25)[1] < 0
+    quarter, half = pages.Cost(wire=0.25), pages.Cost(wire=0.5)
+    assert pages.break_even(np.log(1.25), quarter) == pytest.approx((0.25, 0.2 / 0.75))
+    assert pages.break_even(np.log(1.25), quarter, half)[1] == pytest.approx(4 / 7)
+    assert pages.break_even(np.log(2.5), quarter, half)[1] > 1  # whatever the network
+    assert pages.break_even(np.log(0.8), quarter)[1] < 0
+    # A tenth more FLOPs and as many tokens: 1.1 · (1 - x) + 1/4 x = 1 at x = 2/17.
+    assert pages.break_even(0.0, pages.Cost(0.25, 1.1)) == pytest.approx((0.0, 2 / 17))
+    both = pages.Cost(0.25, 1.1), pages.Cost(0.5, 1.2)
+    more, share = pages.break_even(np.log(1.25), *both)
+    assert (1 + more) * both[0].seconds(share) == pytest.approx(both[1].seconds(share))
     wire = {"fine_grained": 8, "bigmac 1/4, skip": 2, "bigmac 1/2": 4, "fine_grained, norm": 8, "acc 1/4, skip": 8}
     off = dict.fromkeys(wire, 0.0) | {"bigmac 1/4, skip": np.log(1.25), "bigmac 1/2": -0.1}
     runs = [
@@ -63,6 +69,7 @@ def test_what_a_gap_is_worth() -> None:
             "seed": seed,
             "loss": 9.0 - np.log(steps) + more + noise,
             "wire_bytes": wire[name],
+            "flops": 1e6,
         }
         for name, more in off.items()
         for steps in (1000, 2400)

@@ -108,6 +108,27 @@ def test_differences_are_of_equal_seeds() -> None:
     assert control.split(" | ")[6:8] == ["-0.100", ""]
 
 
+def test_an_arm_pays_for_what_it_computes() -> None:
+    """e^0.02 times the tokens, of 1.1 times the FLOPs and half of the bytes; all have two seeds, which is told."""
+
+    def run(name: str, seed: int, loss: float, wire: float, flops: float) -> dict[str, Any]:
+        return {"name": name, "width": 128, "steps": 2500, "seed": seed, "loss": loss, "wire_bytes": wire,
+                "flops": flops, "tokens": 5.12e6, "outside_bits_per_byte": 2.0}  # fmt: skip
+
+    runs = [run(unrepeated.CONTROL, seed, 4.0, 8.0, 10.0) for seed in (1, 2)]
+    runs += [run(unrepeated.TWICE, seed, 4.02, 4.0, 11.0) for seed in (1, 2)]
+    more = math.exp(0.02)
+    share = (1.1 * more - 1) / (0.6 * more)
+    cells = unrepeated.by_arm(runs, 2500, 1.0).splitlines()[-1].split(" | ")
+    assert cells[2:7] == ["1.100", "4.020 ± 0.000 (2)", "+0.020 ± 0.000 (2)", f"{more - 1:+.1%}", f"{share:.0%}"]
+    assert cells[7] == "2.000 ± 0.000 (2)"
+    runs[2:] = [run(unrepeated.TWICE, 1, 5.0, 4.0, 11.0)]
+    assert unrepeated.by_arm(runs, 2500, 1.0).splitlines()[-1].split(" | ")[5:7] == ["+171.8%", "never"]
+    runs += [run(name, 1, 4.0, 8.0, 10.0) for name in (unrepeated.FINE, unrepeated.SHIPPED)]
+    (line,) = unrepeated.by_length(runs).splitlines()[2:]
+    assert line.split(" | ")[1:4] == ["4.000 (1)", "4.000 ± 0.000 (2)", "4.000 (1)"]
+
+
 def test_what_balances_parts_is_compared_with_the_loss_of_the_step() -> None:
     def run(name: str, seed: int, loss: float, steps: int = 1000) -> dict[str, Any]:
         return {"name": name, "width": 128, "steps": steps, "seed": seed, "loss": loss, "load_cv": loss / 10,
@@ -117,8 +138,8 @@ def test_what_balances_parts_is_compared_with_the_loss_of_the_step() -> None:
     runs = [run(unrepeated.SHIPPED, 1, 4.0), run(unrepeated.SHIPPED, 2, 4.4), run(bias.name, 2, 4.3)]
     runs += [run(unrepeated.SHIPPED, 2, 1.0, 2500), run(bias.name, 1, 4.3)]
     assert unrepeated.by_balance(runs).splitlines()[2:] == [
-        "| loss of the step | 4.200 ± 0.200 |  | 0.42 ± 0.02 | 2.10 ± 0.10 | 1.050 ± 0.050 |",
-        "| bias | 4.300 ± 0.000 | +0.100 ± 0.200 (2) | 0.43 ± 0.00 | 2.15 ± 0.00 | 1.075 ± 0.000 |",
+        "| loss of the step | 4.200 ± 0.200 (2) |  | 0.42 ± 0.02 | 2.10 ± 0.10 | 1.050 ± 0.050 (2) |",
+        "| bias | 4.300 ± 0.000 (2) | +0.100 ± 0.200 (2) | 0.43 ± 0.00 | 2.15 ± 0.00 | 1.075 ± 0.000 (2) |",
     ]
     ways = [condition.overrides(1) for condition in unrepeated.STUDIES["parts"]]
     assert all("train.accumulate_steps=4" in way for way in ways) and len(ways) == 3

@@ -17,8 +17,7 @@ from matplotlib.figure import Figure
 
 from benchmarks import pays
 from benchmarks.quality.pages import mean
-from benchmarks.quality.runs import within
-from benchmarks.quality.unrepeated import CONTROL, FINE, FOUR, HALF, SHIPPED, TWICE
+from benchmarks.quality.unrepeated import CONTROL, FINE, FOUR, HALF, SHIPPED, TWICE, counted, number
 
 WIDTH = 128
 # An arm's latent is 1/parts of h wide, and it has `more` times as many experts and choices.
@@ -78,7 +77,7 @@ def cell(runs: Sequence[dict[str, Any]], arm: str, measure: str, budget: float) 
     if not losses:
         return ""
     exact = any(run["name"] == arm and abs(run["tokens"] / tokens - 1) < 1e-3 for run in runs)
-    return ("" if exact else "~") + within(losses, 3) + ("" if len(losses) == 3 else f" ({len(losses)})")
+    return ("" if exact else "~") + counted(losses)
 
 
 def table(runs: Sequence[dict[str, Any]], budgets: Sequence[float]) -> str:
@@ -105,7 +104,8 @@ def table(runs: Sequence[dict[str, Any]], budgets: Sequence[float]) -> str:
 
 
 def draw(runs: Sequence[dict[str, Any]], path: pathlib.Path) -> None:
-    """Each arm's loss over what it costs, in tokens of fine_grained; a bar is a standard error, of one seed none."""
+    """Each arm's loss over what it costs, in tokens of fine_grained; a bar is a standard error, of one seed none, and a
+    number in brackets that of seeds, where they are not three."""
     figure = Figure(figsize=(13, 3.6), layout="constrained")
     axes = figure.subplots(1, len(MEASURES), sharey=True)
     for axis, measure in zip(axes, MEASURES, strict=True):
@@ -115,10 +115,9 @@ def draw(runs: Sequence[dict[str, Any]], path: pathlib.Path) -> None:
             for tokens in sorted({run["tokens"] for run in own}):
                 losses = [run["loss"] for run in own if run["tokens"] == tokens]
                 points.append((tokens * price(arm, measure) / 1e6, *mean(losses)))
+                number(axis, points[-1][:2], len(losses))
             if points:
-                seeds = len({run["seed"] for run in own})
-                label = arm if seeds == 3 else f"{arm} ({seeds} seed{'s' * (seeds > 1)})"
-                axis.errorbar(*np.transpose(points), label=label, color=color, marker="o", markersize=3, capsize=2)
+                axis.errorbar(*np.transpose(points), label=arm, color=color, marker="o", markersize=3, capsize=2)
         axis.set(xscale="log", title=measure if measure in ("tokens", "bytes") else f"time: {measure}")
         axis.set_xticks([0.5, 1, 2, 5, 10], labels=["0.5", "1", "2", "5", "10"])
         axis.minorticks_off()

@@ -4,7 +4,7 @@ The page has the tables that decide between structures, the notes have every stu
 """
 
 import pathlib
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -285,8 +285,8 @@ def worth(runs: list[Run]) -> str:
     lines = [
         f'{times:g} times the steps take {less:.3f} off fine_grained\'s loss at h = 128. By that, "tokens more" make '
         'up for the gap, at any width.\n"Pays above" is the share of fine_grained\'s step that its exchange must take, '
-        "where nothing hides it, for the first to\nreach a loss before the second. What a gate computes is not "
-        "counted.",
+        "where nothing hides it, for the first to\nreach a loss before the second. The rest of a step goes with its "
+        "FLOPs.",
         "",
         f"| {' | '.join(columns)} |",
         "|---" * len(columns) + "|",
@@ -301,23 +301,42 @@ def worth(runs: list[Run]) -> str:
             if min(map(len, found)) < 2:
                 continue
             gap, error = over(*found[:2])
-            wire, base_wire, whole = (seeds[0]["wire_bytes"] for seeds in found)
-            if wire >= base_wire:
+            one, other = (cost(seeds[0], found[2][0]) for seeds in found[:2])
+            if one.wire >= other.wire:
                 continue
-            more, share = break_even(gap / less * np.log(times), wire / whole, base_wire / whole)
+            more, share = break_even(gap / less * np.log(times), one, other)
             pays = "always" if share <= 0 else f"{100 * share:.0f} %" if share < 1 else "never"
             cells = [condition.name, base.name, condition.width, f"{condition.steps:,}", _within(gap, error, "+")]
             lines.append(f"| {' | '.join(map(str, cells))} | {100 * more:+.0f} % | {pays} |")
     return "\n".join(lines)
 
 
-def break_even(e_folds: float, wire: float, base: float = 1.0) -> tuple[float, float]:
+class Cost(NamedTuple):
+    """What a token costs, over fine_grained's."""
+
+    wire: float = 1.0  # bytes of the exchange
+    flops: float = 1.0
+
+    def seconds(self, share: float) -> float:
+        """A step, over fine_grained's, of which the exchange takes this share."""
+        return (1 - share) * self.flops + share * self.wire
+
+
+WHOLE = Cost()
+
+
+def cost(run: Run, base: Run) -> Cost:
+    return Cost(run["wire_bytes"] / base["wire_bytes"], run["flops"] / base["flops"])
+
+
+def break_even(e_folds: float, own: Cost, base: Cost = WHOLE) -> tuple[float, float]:
     """Of e^e_folds times the tokens: how many more those are, as a share, and the share x of the exchange in
-    fine_grained's step at which a run of them takes no longer, (1 + more) · (1 - (1 - wire) · x) = 1 - (1 - base) · x.
+    fine_grained's step at which a run of them takes no longer, (1 + more) · own.seconds(x) = base.seconds(x).
 
     Args:
-      wire, base: bytes of a token, and of one of what it is compared with, over fine_grained's.
+      own, base: a token of this run, and of what it is compared with.
     """
-    more = float(np.expm1(e_folds))
-    saved = (1 + more) * (1 - wire) - (1 - base)
-    return more, more / saved if saved > 0 else 0.0  # fewer bytes, and far fewer tokens
+    times = float(np.exp(e_folds))
+    longer = times * own.seconds(0) - base.seconds(0)  # where an exchange takes no time
+    saved = times * (own.flops - own.wire) - (base.flops - base.wire)
+    return times - 1, longer / saved if saved > 0 else 0.0  # fewer bytes, and far fewer tokens

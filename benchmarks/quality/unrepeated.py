@@ -13,11 +13,12 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.colors import TABLEAU_COLORS
 from matplotlib.figure import Figure
 
 from benchmarks.quality.grid import RATE, RATES, SEEDS, SELECTS, Condition, Fields, bigmac, fine_grained
-from benchmarks.quality.pages import break_even, mean
+from benchmarks.quality.pages import Cost, break_even, cost, mean
 from benchmarks.quality.runs import CONFIG, CPU, Machine, command, describe, read, within
 
 CORPUS = pathlib.Path("runs/corpus")
@@ -142,8 +143,8 @@ def by_length(runs: Sequence[dict[str, Any]]) -> str:
     for steps in LENGTHS:
         own = {name: _of(runs, name, steps) for name in (*losses, TWICE)}
         if own[FINE] and own[SHIPPED]:
-            cells = [within([run["loss"] for run in own[name]], 3) for name in losses]
-            cells += [_counted(over(own[name], own[base])) for name, base in pairs]
+            cells = [counted([run["loss"] for run in own[name]]) for name in losses]
+            cells += [counted(over(own[name], own[base]), "+") for name, base in pairs]
             lines.append(f"| {own[FINE][0]['tokens'] / 1e6:.1f} M | {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -162,12 +163,11 @@ def by_arm(runs: Sequence[dict[str, Any]], steps: int, slope: float) -> str:
     for name in (FINE, CONTROL, SHIPPED, TWICE, HALF, FOUR):
         if not (own := _of(runs, name, steps)):
             continue
-        wire = own[0]["wire_bytes"] / base[0]["wire_bytes"]
-        computed = own[0]["flops"] / base[0]["flops"]
-        cells = [name, f"{wire:g}", f"{computed:.3f}", within([run["loss"] for run in own], 3)]
-        cells += ["", "", ""] if name == CONTROL else _worth(over(own, base), wire, slope)
-        cells.append(within([run["outside_bits_per_byte"] for run in own], 3))
-        cells.append("" if name == CONTROL else _counted(over(own, base, "outside_bits_per_byte")))
+        price = cost(own[0], base[0])
+        cells = [name, f"{price.wire:g}", f"{price.flops:.3f}", counted([run["loss"] for run in own])]
+        cells += ["", "", ""] if name == CONTROL else _worth(over(own, base), price, slope)
+        cells.append(counted([run["outside_bits_per_byte"] for run in own]))
+        cells.append("" if name == CONTROL else counted(over(own, base, "outside_bits_per_byte"), "+"))
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -181,9 +181,9 @@ def by_balance(runs: Sequence[dict[str, Any]]) -> str:
     ways = {"loss of the step": base} | {name: _of(runs, in_parts(name).name, LENGTHS[0]) for name in IN_PARTS}
     for name, own in ways.items():
         if own:
-            cells = [name, within([run["loss"] for run in own], 3), _counted(over(own, base))]
+            cells = [name, counted([run["loss"] for run in own]), counted(over(own, base), "+")]
             cells += [within([run[key] for run in own], 2) for key in ("load_cv", "max_load")]
-            cells.append(within([run["outside_bits_per_byte"] for run in own], 3))
+            cells.append(counted([run["outside_bits_per_byte"] for run in own]))
             lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -193,15 +193,21 @@ def _of(runs: Sequence[dict[str, Any]], name: str, steps: int) -> list[dict[str,
     return [run for run in runs if (run["name"], run["width"], run["steps"]) == (name, 128, steps)]
 
 
-def _worth(apart: list[float], wire: float, slope: float) -> list[str]:
-    more, share = break_even(float(np.mean(apart)) / slope, wire)
-    pays = "" if wire >= 1 else "always" if share <= 0 else f"{share:.0%}"
-    return [_counted(apart), f"{more:+.1%}", pays]
+def _worth(apart: list[float], price: Cost, slope: float) -> list[str]:
+    more, share = break_even(float(np.mean(apart)) / slope, price)
+    pays = "" if price.wire >= 1 else "always" if share <= 0 else f"{share:.0%}" if share < 1 else "never"
+    return [counted(apart, "+"), f"{more:+.1%}", pays]
 
 
-def _counted(values: Sequence[float]) -> str:
+def counted(values: Sequence[float], sign: str = "") -> str:
     """Mean ± standard error, and how many seeds there are if not three."""
-    return within(values, 3, "+") + (f" ({len(values)})" if 0 < len(values) != len(SEEDS) else "")
+    return within(values, 3, sign) + (f" ({len(values)})" if 0 < len(values) != len(SEEDS) else "")
+
+
+def number(axis: Axes, at: tuple[float, float], seeds: int) -> None:
+    """Writes beside a point of a picture how many seeds it has, if not three."""
+    if seeds != len(SEEDS):
+        axis.annotate(f"({seeds})", at, xytext=(3, 3), textcoords="offset points", fontsize=7)
 
 
 def over(own: Iterable[dict[str, Any]], base: Iterable[dict[str, Any]], of: str = "loss") -> list[float]:
@@ -216,7 +222,8 @@ def over(own: Iterable[dict[str, Any]], base: Iterable[dict[str, Any]], of: str 
 
 
 def draw(runs: Sequence[dict[str, Any]], path: pathlib.Path) -> None:
-    """What each arm of h = 128 loses against fine_grained, over the tokens; a bar is a standard error."""
+    """What each arm of h = 128 loses against fine_grained, over the tokens; a bar is a standard error, and a number
+    that of seeds, where they are not three."""
     figure = Figure(figsize=(7, 4), layout="constrained")
     axis = figure.subplots()
     for name, color in zip((SHIPPED, CONTROL, TWICE, HALF, FOUR), TABLEAU_COLORS, strict=False):
@@ -226,6 +233,7 @@ def draw(runs: Sequence[dict[str, Any]], path: pathlib.Path) -> None:
                          for of in (name, FINE))  # fmt: skip
             if apart := over(own, base):
                 points.append((own[0]["tokens"] / 1e6, *mean(apart)))
+                number(axis, points[-1][:2], len(apart))
         if points:
             axis.errorbar(*np.transpose(points), label=name, color=color, marker="o", capsize=3)
     axis.axhline(0, color="black", linewidth=0.8)
