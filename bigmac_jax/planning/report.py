@@ -270,7 +270,8 @@ def _scale(console: Console, found: Mapping[str, Any]) -> None:
         if "error" in curve:
             console.print(f"{name}: {curve['error']}")
         elif (stops := curve["stops"]) is None:
-            console.print(f"{name} keeps {percent(found['keeps'])} up to {devices[-1]:,} devices")
+            rates = [point["tokens_per_s_per_device"] for point in curve["points"] if "time" in point]
+            console.print(f"{name} keeps {percent(rates[-1] / rates[0])} at {devices[-1]:,} devices")
         elif stops["term"] in lacks:
             console.print(f"{name} stops at {stops['devices']:,} devices: {lacks[stops['term']]}")
         else:
