@@ -69,3 +69,18 @@ def test_it_is_the_product_of_each_expert(S: int, e: int, C: int, X: int, Y: int
 )
 def test_what_fits(shape: tuple[int, ...], widths: tuple[int, ...], itemsize: int, expected: bool) -> None:
     assert even_matmul_tpu.fits(shape, *widths, itemsize=itemsize) == expected
+
+
+@pytest.mark.parametrize(("rows", "X", "itemsize"), [(256, 2048, 2), (512, 4096, 2), (264, 1024, 4), (512, 768, 2)])
+def test_a_tile_has_the_most_columns_that_fast_memory_takes(rows: int, X: int, itemsize: int) -> None:
+    """Whole lanes of them: what is read and written stands there twice, beside the product in float32."""
+    columns = even_matmul_tpu._columns(rows, X, itemsize)
+
+    def taken(columns: int) -> int:
+        return 2 * (rows * X + X * columns + rows * columns) * itemsize + 4 * rows * columns
+
+    assert columns % 128 == 0 and taken(columns) <= 12 * 2**20 < taken(columns + 128)
+
+
+def test_a_tile_without_room_has_no_column() -> None:
+    assert even_matmul_tpu._columns(512, 16384, 2) == 0
