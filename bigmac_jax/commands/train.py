@@ -40,9 +40,9 @@ def main() -> int:
     cli.agree(config, __name__)
     asked = config
     if asked.mesh.replica > 1:
+        saved, mesh_before = _read_saved(workdir)
         with hosts.raise_together():
-            saved = read_config(workdir) if has_run(workdir) else None
-            config, line = fit_replicas(asked, saved, read_run_json(workdir)["mesh"], jax.device_count())
+            config, line = fit_replicas(asked, saved, mesh_before, jax.device_count())
         if line:
             hosts.say(line)
     mesh = cli.enter_mesh(config)
@@ -76,8 +76,12 @@ def _config(workdir: pathlib.Path) -> tuple[Config, Config, str]:
     file = _CONFIG.value.partition(":")[0] if own else str(place)
     with hosts.raise_together():
         if own:
-            return *load_with_base(_CONFIG.value, cli.OVERRIDES), file if file.endswith(".json") else ""
-        base = read_config(workdir) if has_run(workdir) else None
+            loaded = *load_with_base(_CONFIG.value, cli.OVERRIDES), file if file.endswith(".json") else ""
+    # Or some enter alone what reads the model.
+    hosts.check_same({"--config": "FILE" if own else "none", "train.init_from": "" if own else place})
+    if own:
+        return loaded
+    base, _ = _read_saved(workdir)
     if base:
         file = str(workdir)
     else:
@@ -87,6 +91,15 @@ def _config(workdir: pathlib.Path) -> tuple[Config, Config, str]:
         config = retrained(base, cli.OVERRIDES)
         check_batch(config, max(1, config.mesh.data))
     return config, base, file
+
+
+def _read_saved(workdir: pathlib.Path) -> tuple[Config | None, dict[str, int]]:
+    """The config of the run that a workdir holds, None without one, and its mesh: as process 0 sees them, for others
+    may see the folder later, or another one of the same name."""
+    found = hosts.run_on_first(
+        lambda: (read_config(workdir).to_json(), read_run_json(workdir)["mesh"]) if has_run(workdir) else ("", {})
+    )
+    return Config.from_json(found[0].encode()) if found[0] else None, found[1]
 
 
 def _done(step: int) -> str:

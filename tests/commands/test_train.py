@@ -6,9 +6,11 @@ from typing import Any
 from unittest import mock
 
 import pytest
+from threads_as_processes import run_as_processes
 
 from bigmac_jax.config import Config, ConfigError
 from bigmac_jax.run.loop import Result
+from bigmac_jax.runtime import hosts
 
 
 @pytest.mark.parametrize("devices", [0, 2])
@@ -47,3 +49,32 @@ def test_a_run_that_was_stopped_has_an_exit_code_of_its_own(command: Any, monkey
         monkeypatch.setattr(program, "train", mock.Mock(return_value=result))
         monkeypatch.setattr(program, "_next", str)
         assert program.main() == code
+
+
+@pytest.mark.parametrize(
+    ("differs", "line"),
+    [
+        (False, ""),
+        (True, "process 1 was started with --config=FILE, train.init_from=, process 0 with --config=none, train.init"),
+    ],
+)
+def test_process_0_says_which_run_the_config_comes_from(
+    command: Any, differs: bool, line: str, monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path
+) -> None:
+    """Others may not see the folder, and enter alone what opens the model that a new run begins with."""
+    program, saved = command("train"), Config.from_json(Config().to_json())
+    monkeypatch.setattr(program.cli, "OVERRIDES", ["train.init_from=runs/other"])
+    monkeypatch.setattr(program, "_CONFIG", mock.Mock(value="tiny"))
+    present = mock.PropertyMock(side_effect=lambda: differs and not hosts.is_first())
+    monkeypatch.setattr(program, "flags", mock.Mock(FLAGS={"config": type("Flag", (), {"present": present})()}))
+    monkeypatch.setattr(program, "has_run", lambda _: hosts.is_first())
+    monkeypatch.setattr(program, "read_config", lambda _: saved)
+    monkeypatch.setattr(program, "read_run_json", lambda _: {"mesh": {"data": 3}})
+    monkeypatch.setattr(program, "open_pretrained", lambda _: pytest.fail("opened"))
+    found = run_as_processes(monkeypatch, 2, lambda _: program._config(tmp_path))
+    if differs:
+        assert all(isinstance(error, ConfigError) and line in str(error) for error in found), found
+        return
+    assert found[0] == found[1] and found[0][2] == str(tmp_path)
+    told = run_as_processes(monkeypatch, 2, lambda _: program._read_saved(tmp_path))
+    assert told == [(saved, {"data": 3})] * 2
