@@ -2,7 +2,6 @@
 
 import functools
 import logging
-import re
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NoReturn
@@ -18,7 +17,7 @@ from bigmac_jax.config.other_names import other_field, other_flag
 from bigmac_jax.config.reading import list_shipped
 from bigmac_jax.config.section import all_field_types, flat_values
 from bigmac_jax.model.mesh import make_mesh
-from bigmac_jax.runtime import environment, hosts, signals, storage, watchdog
+from bigmac_jax.runtime import environment, hosts, known_errors, signals, storage, watchdog
 from bigmac_jax.runtime.clock import clock, process_start
 from bigmac_jax.runtime.kept_programs import keep_programs
 
@@ -91,16 +90,12 @@ def _guard(main: Callable[[], int | None], distributed: bool, _: Sequence[str]) 
         return 130  # as a shell counts SIGINT
     except BrokenPipeError:
         return _end_unread()
-    except (jax.errors.JaxRuntimeError, MemoryError) as error:
-        if not isinstance(error, MemoryError) and "RESOURCE_EXHAUSTED" not in str(error):
+    except Exception as error:
+        line = known_errors.explain(error)
+        if not line:
             raise
-        fail(_no_memory(str(error)))
-    except storage.errors() as error:
-        if not storage.is_store_error(error):
-            raise
-        why = f"a store can't be read or written now ({storage.reason(error)}); run it again later"
-        print(f"error: {why}", file=sys.stderr, flush=True)
-        return 1
+        print(f"error: {line}", file=sys.stderr, flush=True)
+        return 1 if storage.is_store_error(error) else 2
 
 
 class LineFormatter(logging.Formatter):
@@ -252,16 +247,6 @@ def _take_overrides(argv: list[str]) -> list[str]:
     return rest
 
 
-def _no_memory(error: str) -> str:
-    """The line for the pages that XLA prints where memory does not suffice."""
-    size = re.search(r"allocat\w* ([\d.]+ ?\w+)", error)
-    what = f" (an array of {size[1]})" if size else ""
-    return (
-        f"memory does not suffice{what}; use fewer tokens at a time (batch, length), more devices, mesh.fsdp or "
-        f"execution.remat (`bigmac plan` says what a config takes)"
-    )
-
-
 def _show(text: str) -> NoReturn:
     """Prints what was asked for instead of the command, and ends."""
     try:
@@ -274,4 +259,4 @@ def _show(text: str) -> NoReturn:
 def _end_unread() -> int:
     """The exit code where the reader of standard output, as head, has seen enough: as a shell counts SIGPIPE."""
     signals.discard_output(sys.stdout)
-    return 141
+    return signals.UNREAD

@@ -61,9 +61,9 @@ def main() -> None:
     if action in _FLAGS:
         _check_used(action)
     if action == "export" and _OUTPUT.value:
-        _export(locate_workdir(_WORKDIR.value))
+        _export(_locate(_WORKDIR.value))
     elif action == "import" and _CHECKPOINT.value:
-        _import(locate_workdir(_WORKDIR.value))
+        _import(_locate(_WORKDIR.value))
     elif action in ("latent", "upcycle", "widen") and _OUTPUT.value:
         _convert(action, locate_workdir(_WORKDIR.value), locate_workdir(_OUTPUT.value))
     else:
@@ -73,6 +73,11 @@ def main() -> None:
             "give `import --checkpoint=DIR --workdir=DIR`, or one of export, latent, upcycle and widen with "
             "`--workdir=DIR --output=NEW`"
         )
+
+
+def _locate(place: str) -> pathlib.Path:
+    with hosts.raise_together():  # a folder that one of them may not enter
+        return locate_workdir(place)
 
 
 def _check_used(action: str) -> None:

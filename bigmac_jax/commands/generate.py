@@ -35,8 +35,8 @@ _JSON = flags.DEFINE_bool("json", False, "Print JSON objects, not text.")
 
 
 def main() -> None:
-    workdir = locate_workdir(decoding_flags.WORKDIR.value)
     with hosts.raise_together():
+        workdir = locate_workdir(decoding_flags.WORKDIR.value)
         for override in cli.OVERRIDES:
             if override.startswith(("execution.exchange=", "execution.overlap_chunks=", "execution.remat=")):
                 raise ConfigError(f"--config.{override} is of training; completions take --exchange, drop it")

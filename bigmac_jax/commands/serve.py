@@ -40,8 +40,8 @@ _DRAIN = flags.DEFINE_float("drain", Limits.drain, "Seconds that running request
 
 
 def main() -> int:
-    workdir = locate_workdir(decoding_flags.WORKDIR.value)
     with hosts.raise_together():
+        workdir = locate_workdir(decoding_flags.WORKDIR.value)
         config = with_mesh(read_config(workdir), cli.OVERRIDES)
         limits = Limits(
             body=_MAX_BODY.value,

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, TextIO
 
 WORDS: dict[int, str] = {signal.SIGINT: "interrupted", signal.SIGTERM: "terminated"}
+UNREAD = 128 + signal.SIGPIPE  # the exit code where nobody reads a command's output any more, as a shell counts it
 _PATIENCE = 0.3  # seconds for the main thread to come back from C
 _undo: list[Callable[[], object]] = []  # what `undo_on_signal` was given
 _spared: set[int] = set()  # signals whose next one `stop_signals` takes

@@ -17,13 +17,13 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 import jax
 
 from bigmac_jax.config import ConfigError
-from bigmac_jax.runtime import hosts
+from bigmac_jax.runtime import hosts, known_errors, signals
 from bigmac_jax.runtime.clock import STEPPING, Clock, clock
 
 _GRACE = 10.0  # seconds to find out which process an error comes from
@@ -124,9 +124,15 @@ class Watchdog:
             self.blame(f"it ended with exit code {error.code}; its line says why")
         if isinstance(error, KeyboardInterrupt):
             self.blame("it was interrupted")
+        if isinstance(error, BrokenPipeError) and self._me == 0:
+            signals.discard_output(sys.stdout)
+            self._end("nobody reads what process 0 prints any more", signals.UNREAD)
         if isinstance(error, Exception) and not isinstance(error, (ConfigError, hosts.PeerError)):
-            self._trace = "".join(traceback.format_exception(error))
-            self.blame(" ".join(f"{type(error).__name__}: {error}".split())[:500])
+            line = known_errors.explain(error)
+            self._trace = "" if line else "".join(traceback.format_exception(error))
+            self.blame(line or " ".join(f"{type(error).__name__}: {error}".split())[:500])
+        if isinstance(error, ConfigError) and self._me:
+            self._tell(str(error), lambda: self._peers[0].ended)  # it prints the line, if it has it, too
         self._ended = True
         self._closing.set()
         self._hurry.set()
@@ -143,10 +149,17 @@ class Watchdog:
 
     def blame(self, error: str) -> NoReturn:
         """Ends the job because of an error here; the line names another process if one is dead, silent or behind."""
+        self._tell(error)
+        self._end(f"process {self._me} failed: {error}")
+
+    def _tell(self, error: str, enough: Callable[[], bool] = bool) -> None:
+        """Waits until process 0 has found out about an error here, and the other threads end this process; or until
+        `enough`."""
         self._error = error
         self._hurry.set()
-        time.sleep(2 * _GRACE + 3 * self.beat)  # process 0 finds out, and the other threads end this process
-        self._end(f"process {self._me} failed: {error}")
+        end = time.monotonic() + 2 * _GRACE + 3 * self.beat
+        while time.monotonic() < end and not enough():
+            time.sleep(_LOOK / 5)
 
     def _others(self) -> Sequence[_Peer]:
         return [peer for peer in self._peers if peer.index != self._me]
@@ -263,14 +276,15 @@ class Watchdog:
             return f"no step has ended for {idle:.0f} s: " + (who or f"all started step {ahead.state['step']}")
         return f"nothing has moved for {idle:.0f} s: {who or _join(self._peers)}"
 
-    def _end(self, line: str) -> NoReturn:
+    def _end(self, line: str, code: int = hosts.EXIT_CODE) -> NoReturn:
         if not self._ending.acquire(blocking=False):
             time.sleep(3600)  # the other thread is ending the process
         sys.stdout.flush()
         if line.startswith(f"process {self._me} failed: "):  # no trace of an error that another process caused
             print(self._trace, end="", file=sys.stderr)
         bar = "" if self._me or not sys.stderr.isatty() else "\n"  # a progress bar stands in the line
-        print(f"{bar}error: {line}", file=sys.stderr, flush=True)
+        if code != signals.UNREAD:
+            print(f"{bar}error: {line}", file=sys.stderr, flush=True)
         if self._me == 0:
             self._verdict = line
             self._hurry.set()  # the other thread tells it: where jax is aborting, a request may never return
@@ -278,7 +292,7 @@ class Watchdog:
             end = time.monotonic() + 2 * self.beat + _LOOK
             while time.monotonic() < end and not self._alone():
                 time.sleep(_LOOK)
-        os._exit(hosts.EXIT_CODE)
+        os._exit(code)
 
 
 def _join(peers: Sequence[_Peer]) -> str:

@@ -121,15 +121,16 @@ def open_pretrained(place: str, identity: str = "", name: str = "train.init_from
         number, digest = find_checkpoint(path, recorded or step)
         with hosts.raise_together():
             found = Pretrained(place, str(number), digest, use_saved_tokenizer(path, read_config(path)))
-    if identity and found.identity != identity:
-        raise ConfigError(f"{name}={place} is not the model that this run was started with; bring that back")
+    with hosts.raise_together():
+        if identity and found.identity != identity:
+            raise ConfigError(f"{name}={place} is not the model that this run was started with; bring that back")
     return found
 
 
 def open_recorded(workdir: pathlib.Path, place: str, key: str, name: str) -> Pretrained:
     """Finds the model that the field `name` of a run names; once the run has begun, the one that its run.json has under
     `key`. Errors as for `open_pretrained`."""
-    identity = read_run_json(workdir)["data"].get(key, "")
+    identity = hosts.run_on_first(lambda: read_run_json(workdir)["data"].get(key, ""))
     try:
         return open_pretrained(place, identity, name)
     except ConfigError as error:

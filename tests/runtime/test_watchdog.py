@@ -6,9 +6,12 @@ import pathlib
 import sys
 import time
 from typing import Any
+from unittest import mock
 
+import jax
 import pytest
 
+from bigmac_jax.config import ConfigError
 from bigmac_jax.runtime import watchdog
 from bigmac_jax.runtime.clock import Clock, process_start
 from bigmac_jax.runtime.watchdog import Watchdog, _join, _Peer
@@ -510,14 +513,60 @@ def test_where_an_error_was_raised_is_told_only_by_whose_it_is(
 
 @pytest.mark.parametrize("me", [0, 1])
 def test_who_has_an_error_waits_for_the_verdict_before_it_ends(
-    job: Job, monkeypatch: pytest.MonkeyPatch, me: int
+    still: Time, monkeypatch: pytest.MonkeyPatch, me: int
 ) -> None:
     """Twice the ten seconds in which process 0 finds out, and three beats of five; the others hear of it at once."""
-    slept: list[float] = []
-    monkeypatch.setattr(time, "sleep", slept.append)
+    job = Job()
     monkeypatch.setattr(job.watches[me], "_end", sys.exit)
     with pytest.raises(SystemExit, match=f"^process {me} failed: ValueError: no$"):
         job.watches[me].blame("ValueError: no")
-    assert slept == [35] and job.watches[me]._hurry.is_set()
+    assert sum(still.slept) == pytest.approx(35, abs=0.2) and job.watches[me]._hurry.is_set()
     job.tell()
     assert job.watches[0]._peers[me].state["error"] == "ValueError: no"
+
+
+def test_a_config_error_of_another_process_is_told_by_process_0(still: Time) -> None:
+    """Which says nothing of it where it ends by itself: then it has the same error, and prints that."""
+    for ended, slept in ((False, 35), (True, 0)):
+        job = Job()
+        job.watches[0]._ended = ended
+        job.tell()
+        job.watches[1]._threads, still.slept[:] = [], []
+        job.watches[1].__exit__(ConfigError, ConfigError("no rows; give some"), None)
+        assert sum(still.slept) == pytest.approx(slept, abs=0.2)
+        job.tell()
+        assert job.line() == ""
+        still.now += 15
+        job.tell()
+        assert ended or job.line() == "process 1 failed: no rows; give some"
+
+
+def test_a_known_error_is_one_line(
+    job: Job, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    codes: list[int] = []
+    monkeypatch.setattr("os._exit", codes.append)
+    monkeypatch.setattr(time, "sleep", lambda _: None)
+    exhausted = jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 7 bytes.")
+    away = type("ClientError", (OSError,), {"__module__": "aiohttp"})("503")
+    for error, line in ((exhausted, "memory does not suffice (an array of 7 bytes)"), (away, "a store can't be read")):
+        watch = Watchdog(TIMEOUT, job.store, 1, 2, job.clocks[1])
+        monkeypatch.setattr(watch, "_tell", lambda _: None)
+        monkeypatch.setattr(watch, "_threads", [], raising=False)
+        watch.__exit__(type(error), error, None)
+        told = capsys.readouterr().err
+        assert told.startswith(f"error: process 1 failed: {line}") and told.count("\n") == 1
+    assert codes == [3, 3]
+
+
+def test_a_reader_that_leaves_ends_the_job_quietly(
+    still: Time, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    job, ended = Job(), mock.Mock(side_effect=SystemExit)
+    monkeypatch.setattr("os._exit", ended)
+    monkeypatch.setattr(watchdog.signals, "discard_output", mock.Mock())
+    with pytest.raises(SystemExit):
+        job.watches[0].__exit__(BrokenPipeError, BrokenPipeError(), None)
+    assert ended.call_args.args == (141,) and capsys.readouterr().err == ""
+    job.tell()
+    assert job.line(1) == "nobody reads what process 0 prints any more"
