@@ -17,7 +17,7 @@ BLOCKS = "MEMEM*E" + "MEMEM*E" * 4 + "MEMEMEM*E" + "MEMEMEME"
 
 
 # Machine → how eight H100, or 16 v6e, train it (docs/hybrid.md says what was compiled). Both keep moments
-# in host memory: parameters and the sums of two gradients take 44 of an H100's 75 GiB, and 22 of a v6e's 30.
+# in host memory: parameters and the sums of two gradients take 44 of an H100's 75 GiB, and 22 of a v6e's 31.
 LAYOUTS = {
     "h100": "mesh.expert=4 execution.exchange=dedup execution.remat=exchange execution.offload_optimizer=True "
     "train.accumulate_steps=32",
