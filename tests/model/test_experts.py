@@ -74,6 +74,24 @@ def test_undefined_rows_reach_nothing(bias: bool, gated: bool, tile: int, monkey
     assert_close(results("kernel"), results("blocks"))
 
 
+@pytest.mark.parametrize("tile", [1, 50])
+def test_as_many_rows_of_each_rank_find_their_expert(tile: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernel is given each row's expert and bias, and whole tiles of rows."""
+    monkeypatch.setattr(experts, "grouped_matmul", kernel)
+    monkeypatch.setattr(experts, "row_tile", lambda rows: tile)
+    rng, S, C = np.random.default_rng(0), 2, 5
+    shapes = {"w_in_eRF": (E, R, F), "w_out_eFR": (E, F, R), "b_in_eF": (E, F), "b_out_eR": (E, R)}
+    weights = {name: jnp.asarray(rng.standard_normal(shape), jnp.float32) for name, shape in shapes.items()}
+    rows_SeCR = jnp.asarray(rng.standard_normal((S, E, C, R)), jnp.float32)
+
+    def results(implementation: str) -> dict[str, Array]:
+        config = tiny(use_bias=True, grouped_matmul=implementation)
+        y_SeCR, pull = jax.vjp(lambda *given: experts._even_mlp(config, *given), weights, rows_SeCR)
+        return {"y_SeCR": y_SeCR, "rows": pull(rows_SeCR)[1]} | pull(rows_SeCR)[0]
+
+    assert_close(results("kernel"), results("batched"))
+
+
 @pytest.mark.parametrize(
     ("rows", "tile"), [(256, 256), (512, 256), (128, 128), (384, 128), (64, 256), (192, 256), (300, 256), (1, 256)]
 )
