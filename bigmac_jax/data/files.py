@@ -9,7 +9,7 @@ import os
 import pathlib
 import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -79,8 +79,9 @@ def remove(path: pathlib.Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def file_digest(path: pathlib.Path) -> str:
-    """Hex digest of a file's size and content; above 1 GiB, of its two ends and the time of its last change."""
+def file_digest(path: pathlib.Path, version: Callable[[pathlib.Path], str] = storage.file_version) -> str:
+    """Hex digest of a file's size and content; above 1 GiB, of its two ends and its `version`, the time of its last
+    change."""
     size = storage.file_size(path)
     digest = hashlib.sha256(str(size).encode())
     with path.open("rb") as file:
@@ -91,7 +92,7 @@ def file_digest(path: pathlib.Path) -> str:
             digest.update(file.read(_BLOCK))
             file.seek(-_BLOCK, os.SEEK_END)
             digest.update(file.read(_BLOCK))
-            digest.update(storage.file_version(path).encode())
+            digest.update(version(path).encode())
     return digest.hexdigest()
 
 

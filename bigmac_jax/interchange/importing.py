@@ -1,6 +1,7 @@
 """A directory of safetensors → a model, or a workdir, as a run at step 0."""
 
 import functools
+import hashlib
 import logging
 import math
 import pathlib
@@ -19,6 +20,7 @@ from bigmac_jax.config import TOKENIZER_SIZES, Config, ConfigError, missing_plac
 from bigmac_jax.config.reading import retrained
 from bigmac_jax.config.root import is_moved
 from bigmac_jax.data.chat_files import ChatFiles
+from bigmac_jax.data.files import file_digest
 from bigmac_jax.data.tokenizer import Tokenizer, TooManyIdsError
 from bigmac_jax.interchange import tokenizer_files
 from bigmac_jax.interchange.exporting import FORMATS
@@ -186,6 +188,19 @@ def open_checkpoint(directory: pathlib.Path, overrides: Sequence[str] = ()) -> t
             f"of {directory}"
         )
     return retrained(config, overrides), layout, checkpoint
+
+
+def checkpoint_digest(directory: pathlib.Path, place: pathlib.Path | None = None) -> str:
+    """A digest of a folder's config.json and tensors; of a file above 1 GiB its ends count, and the time of its last
+    change at `place`, which the folder may be a copy of."""
+
+    def version(file: pathlib.Path) -> str:
+        return storage.file_version(place / file.name) if place else ""
+
+    files = sorted(f for f in directory.iterdir() if f.name == "config.json" or f.suffix == ".safetensors")
+    digests = (file_digest(storage.check_inside(directory, file.name), version) for file in files)
+    parts = [f"{file.name} {digest}" for file, digest in zip(files, digests, strict=True)]
+    return hashlib.sha256(" ".join(parts).encode()).hexdigest()
 
 
 def _match_tensors(layout: Format, config: Config, leaves: Leaves, checkpoint: Checkpoint) -> list[Tensor]:

@@ -5,7 +5,6 @@ V vocabulary, D hidden.
 
 import contextlib
 import dataclasses
-import hashlib
 import logging
 import pathlib
 from collections.abc import Callable, Mapping
@@ -27,9 +26,9 @@ from bigmac_jax.config import (
 )
 from bigmac_jax.config.reads import unread_for
 from bigmac_jax.data.chat_files import read_chat, read_chat_folder
-from bigmac_jax.data.files import file_digest
 from bigmac_jax.data.tokenizer import Tokenizer, load_tokenizer
 from bigmac_jax.interchange import import_model, open_checkpoint
+from bigmac_jax.interchange.importing import checkpoint_digest
 from bigmac_jax.interchange.tokenizer_files import TOKENIZER_FILES, extends, warn_of_added
 from bigmac_jax.model.adapters import attached, merged
 from bigmac_jax.model.mesh import placed, replicated_spec
@@ -113,7 +112,8 @@ def open_pretrained(place: str, identity: str = "", name: str = "train.init_from
             storage.check_inside(path, "config.json"), "copy it again"
         ):
             with storage.local_folder(path) as directory:
-                found = Pretrained(place, "", _digest(directory), open_checkpoint(directory)[0])
+                config = _named_at(path, directory, open_checkpoint(directory)[0])
+                found = Pretrained(place, "", checkpoint_digest(directory, path), config)
         elif not has_run(path):
             fix = missing_place_fix(place, "give the workdir of a run, an export, or a folder of Hugging Face")
             raise ConfigError(f"{name}={place} holds no model; {fix}")
@@ -125,6 +125,15 @@ def open_pretrained(place: str, identity: str = "", name: str = "train.init_from
         if identity and found.identity != identity:
             raise ConfigError(f"{name}={place} is not the model that this run was started with; bring that back")
     return found
+
+
+def _named_at(path: pathlib.Path, copy: pathlib.Path, config: Config) -> Config:
+    """The config with the tokenizer of the folder itself, in place of that of a copy, which does not last."""
+    tokenizer = pathlib.Path(config.data.tokenizer)
+    if tokenizer.parent != copy.absolute():
+        return config
+    own = str(storage.absolute(path) / tokenizer.name)
+    return dataclasses.replace(config, data=dataclasses.replace(config.data, tokenizer=own))
 
 
 def open_recorded(workdir: pathlib.Path, place: str, key: str, name: str) -> Pretrained:
@@ -213,7 +222,7 @@ def own_tokenizer(origin: Pretrained, config: Config) -> Tokenizer | None:
     """Loads the tokenizer that a model was trained with; None if its folder holds none. Of a folder whose tokenizer has
     more ids than its table has rows, a run's larger table (`config`) has room for them."""
     name = origin.config.data.tokenizer
-    if name.endswith(TOKENIZER_FILES) and not pathlib.Path(name).expanduser().is_file():
+    if name.endswith(TOKENIZER_FILES) and not storage.locate(name, "data.tokenizer").is_file():
         return None
     return load_tokenizer(dataclasses.replace(config, data=dataclasses.replace(config.data, tokenizer=name)))
 
@@ -355,14 +364,6 @@ def _resize(table: Array, like: Any) -> Array:
         return jax.sharding.reshard(table_VD[: like.shape[0]], like.sharding.spec)
 
     return jax.jit(resize)(table)
-
-
-def _digest(directory: pathlib.Path) -> str:
-    """A digest of config.json and the tensors' files; of a file above 1 GiB its ends count."""
-    files = sorted(f for f in directory.iterdir() if f.name == "config.json" or f.suffix == ".safetensors")
-    return hashlib.sha256(
-        " ".join(f"{file.name} {file_digest(storage.check_inside(directory, file.name))}" for file in files).encode()
-    ).hexdigest()
 
 
 def restore(

@@ -3,8 +3,10 @@
 import contextlib
 import dataclasses
 import json
+import os
 import pathlib
 import shutil
+import tempfile
 from collections.abc import Iterator
 from typing import Any
 
@@ -21,11 +23,13 @@ from training.tools import read_records, small
 
 from bigmac_jax.config import Config, ConfigError, TrainConfig, TuningConfig, check_resume, load_config, with_overrides
 from bigmac_jax.config.reading import retrained
+from bigmac_jax.data import files
 from bigmac_jax.data.tokenizer import ByteTokenizer, JsonTokenizer, load_tokenizer, train_bpe
 from bigmac_jax.interchange import export_model, qwen3_moe
 from bigmac_jax.interchange.importing import find_tokenizer
-from bigmac_jax.interchange.layout import common_json
+from bigmac_jax.interchange.layout import common_json, describe_config
 from bigmac_jax.interchange.tensor_files import Checkpoint
+from bigmac_jax.interchange.tokenizer_files import write_tokenizer
 from bigmac_jax.model.mesh import make_mesh
 from bigmac_jax.run import loop
 from bigmac_jax.runtime import hosts, storage
@@ -449,6 +453,34 @@ def test_a_folder_is_fetched_by_all_or_none(tmp_path: pathlib.Path, monkeypatch:
     )
     read_model(Pretrained(str(tmp_path), "", "digest", Config()), Config())
     assert entered == ["together", "fetch", "apart", "read", "removed"]
+
+
+def test_a_folder_of_a_store_keeps_its_tokenizer(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whose copy is gone by the time that the tokenizer is read; and it is the same model whenever it is fetched."""
+    place = tmp_path / "export"
+    place.mkdir()
+    config = with_fields(tiny(), model={"vocab_size": 264}, data={"tokenizer": "tokenizer.json"})
+    values = {"model_type": "bigmac_jax", "config": describe_config(config)}
+    (place / "config.json").write_text(json.dumps(values))
+    save_file({f"a{i}": np.zeros(8000, np.float32) for i in range(40)}, place / "model.safetensors")
+    write_tokenizer(place, config, ByteTokenizer())
+
+    @contextlib.contextmanager
+    def fetched(path: pathlib.Path) -> Iterator[pathlib.Path]:
+        copy = pathlib.Path(tempfile.mkdtemp(dir=tmp_path)) / path.name
+        yield shutil.copytree(path, copy, copy_function=shutil.copyfile)  # with new times
+        shutil.rmtree(copy)
+
+    for name in ("_WHOLE", "_BLOCK"):  # as if it were large
+        monkeypatch.setattr(files, name, 100)
+    monkeypatch.setattr(storage, "local_folder", fetched)
+    origin = open_pretrained(str(place))
+    assert origin == open_pretrained(str(place), origin.identity)
+    assert origin.config.data.tokenizer == str(place / "tokenizer.json")
+    bpe = with_fields(origin.config, data={"tokenizer": "bpe"})
+    assert choose_tokenizer(origin, bpe).vocab_size == choose_tokenizer(origin, origin.config).vocab_size == 257
+    os.utime(place / "model.safetensors", (0, 0))
+    assert open_pretrained(str(place)).identity != origin.identity
 
 
 def test_the_command_line_takes_an_origin(base: tuple[Config, pathlib.Path]) -> None:
