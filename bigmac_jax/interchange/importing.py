@@ -101,10 +101,14 @@ def import_run(
     with hosts.raise_together():
         config = check_new(open_checkpoint(directory, [field for field in overrides if field not in given])[0])
         found = find_tokenizer(directory, config, given)
+        digest = checkpoint_digest(directory) if hosts.is_distributed() else ""
+    own = found[0].fingerprint if found else ""  # each reads its part of the tensors from its own folder
+    hosts.check_same({"the files of --checkpoint": digest[:12], "the tokenizer of --checkpoint": own[:12] or "none"})
     config, model = import_model(directory, overrides)
     with lock_workdir(workdir):
         if found:
-            config = tokenizer_files.keep_tokenizer(workdir, config, *found)
+            with hosts.raise_together():
+                config = tokenizer_files.keep_tokenizer(workdir, config, *found)
         write_new_run(workdir, config, model, [f"`{name or model_name(directory.absolute())}`, which was imported"])
     return config
 

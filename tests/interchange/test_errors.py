@@ -22,7 +22,15 @@ from threads_as_processes import run_as_processes
 
 from bigmac_jax.config import ConfigError
 from bigmac_jax.data.tokenizer import ByteTokenizer, JsonTokenizer, train_bpe
-from bigmac_jax.interchange import export_model, exporting, import_model, import_run, open_checkpoint, tensor_files
+from bigmac_jax.interchange import (
+    export_model,
+    exporting,
+    import_model,
+    import_run,
+    importing,
+    open_checkpoint,
+    tensor_files,
+)
 from bigmac_jax.interchange.importing import find_tokenizer
 from bigmac_jax.interchange.tensor_files import Spec, parse_size, split_shards, whole_or_nothing, write_shards
 from bigmac_jax.interchange.tokenizer_files import write_tokenizer
@@ -188,6 +196,24 @@ def test_a_run_of_it(exported: Any, tmp_path: pathlib.Path) -> None:
         jax.tree.map(np.testing.assert_array_equal, leaves(copy), leaves(model))
         with pytest.raises(ConfigError, match="holds a run; give another one"):
             import_run(folder / "one", tmp_path / "run")
+
+
+def test_processes_that_import_other_files_are_refused(exported: Any, tmp_path: pathlib.Path, monkeypatch: Any) -> None:
+    """Before any tensor is read: each reads its own part of them."""
+    config, _, folder = exported
+    monkeypatch.setattr(importing, "import_model", lambda *_: pytest.fail("is read"))
+    for what, name in (("files", "model.safetensors"), ("tokenizer", "tokenizer.json")):
+        for process in range(2):
+            place = shutil.copytree(folder / "one", tmp_path / what / str(process))
+            write_tokenizer(place, config, ByteTokenizer())
+            content = (place / name).read_bytes()
+            other = content[:-1] + b"x" if what == "files" else content + b"\n"
+            (place / name).write_bytes(other if process else content)
+        told = run_as_processes(
+            monkeypatch, 2, lambda process, what=what: import_run(tmp_path / what / str(process), tmp_path / "run")
+        )
+        line = f"process 1 was started with the {what} of --checkpoint="
+        assert all(isinstance(error, ConfigError) and str(error).startswith(line) for error in told), told
 
 
 def test_an_import_keeps_the_tokenizer(exported: Any, tmp_path: pathlib.Path, caplog: pytest.LogCaptureFixture) -> None:
