@@ -2,6 +2,7 @@
 
 import functools
 import logging
+import os
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NoReturn
@@ -149,6 +150,7 @@ def agree(config: Config | None, command: str) -> None:
     """
     names = [flag.name for flag in _flags(command) if flag.name != "config"] + ["num_processes", "peer_timeout"]
     fields: dict[str, Any] = environment.software_versions() | {f"--{name}": flags.FLAGS[name].value for name in names}
+    fields["$BIGMAC_KEEP_ENV"] = os.environ.get("BIGMAC_KEEP_ENV", "")  # by which programs are compiled
     if config is None:
         fields |= {"overrides": OVERRIDES}
     else:

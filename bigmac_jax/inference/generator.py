@@ -290,13 +290,15 @@ def _completion(job: Job) -> Completion:
 
 
 def _fits_gathered(config: Config, weights: str) -> bool:
-    """Whether a device's weights take at most half of its memory where mesh.fsdp splits none; a line says if not."""
+    """Whether a device's weights take at most half of its memory where mesh.fsdp splits none, in all processes; a line
+    says if not."""
     if not config.mesh.fsdp:
         return True
     whole = dataclasses.replace(config, mesh=dataclasses.replace(config.mesh, fsdp=False))
     numbers = parameters(whole, jax.sharding.get_mesh().shape).of_a_rank
     size = numbers * {"float32": 4, "int8": 1}.get(weights or config.execution.dtype, 2)
-    memory = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit", math.inf)
+    own = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit", math.inf)
+    memory = min(map(float, hosts.gather(str(own))))  # or they would compile other programs
     if size > memory / 2:
         hosts.say(
             f"weights stay split over ranks (mesh.fsdp), and are gathered for every token: whole they take "

@@ -21,6 +21,7 @@ from bigmac_jax.inference.decoding import DecodePrograms, make_decode_programs, 
 from bigmac_jax.inference.generator import _fits_gathered
 from bigmac_jax.inference.kv_cache import make_decoder
 from bigmac_jax.inference.requests import check_output, make_answer, open_output, read_requests, share_requests
+from bigmac_jax.runtime import hosts
 
 LENGTH, NEW = 48, 12
 WORDS = text(1, seed=2)[0]
@@ -370,3 +371,17 @@ def test_a_server_gathers_what_fits(
         assert _fits_gathered(config, "") == gathered
     out, err = capsys.readouterr()
     assert ("weights stay split" in err) != gathered and not out  # of completions alone
+
+
+def test_the_smallest_memory_says_what_fits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of all processes, which would compile other programs otherwise."""
+    config = config_on((2, 1, 1, 1, True))
+    device = SimpleNamespace(memory_stats=lambda: {"bytes_limit": 10**9 if hosts.is_first() else 1_000})
+
+    def work(_: int) -> bool:
+        with on_mesh(config):
+            return _fits_gathered(config, "")
+
+    with monkeypatch.context() as patch, on_mesh(config):
+        patch.setattr(jax, "local_devices", lambda: [device])
+        assert run_as_processes(patch, 2, work) == [False, False]
