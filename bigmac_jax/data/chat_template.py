@@ -272,20 +272,20 @@ class Chat:
 
 
 def load_chat(
-    tokenizer: Tokenizer, file: str, tokenizer_file: str, setting: str, default: str = DEFAULT, dated: bool = False
+    tokenizer: Tokenizer, file: str, tokenizer_file: str, setting: str, default: str = DEFAULT, date: str = ""
 ) -> Chat:
-    """Loads the template that `read_chat` finds, else `default`; arguments and errors as there. If `dated`,
-    strftime_now always gives one date, from the files or of now, and `say_template` is left to the caller, whose rows
+    """Loads the template that `read_chat` finds, else `default`; arguments and errors as there. With a `date` (ISO),
+    strftime_now always gives that of the files or else this one, and `say_template` is left to the caller, whose rows
     may be texts alone; otherwise it gives the time of each answer."""
     files = read_chat(file, tokenizer_file, setting)
     template = files.template or default
-    date = files.date or datetime.datetime.now().isoformat() if dated and _DATE in template else ""
-    chat = Chat(tokenizer, template, files.special, date)
-    chat.files = files._replace(template=template, date=date)
+    kept = files.date or date if date and _DATE in template else ""
+    chat = Chat(tokenizer, template, files.special, kept)
+    chat.files = files._replace(template=template, date=kept)
     for name, value in files.special.items():
         if value not in chat._names:
             log_once(logging.WARNING, f"{name}={value!r} is no special token of data.tokenizer; chat templates lack it")
-    if not dated:
+    if not date:
         say_template(chat)
     return chat
 

@@ -6,6 +6,7 @@ of messages (TRL's, or ShareGPT's under any of the names) goes through a chat te
 message. S sequences, L window length.
 """
 
+import datetime
 import functools
 import hashlib
 import itertools
@@ -67,12 +68,15 @@ def _check_sources(config: Config) -> None:
 class Conversations:
     """The rows of a split, encoded and held in memory. `text` is the fingerprint of the files that they come from.
 
+    Args:
+      date: ISO, what a template is told that has none of its run yet; by default now.
+
     Raises:
       ConfigError: a source is no file of JSON lines, a row is bad (with tuning.bad_rows=stop), or no row is good; or
         the tokenizer doesn't encode a text piece by piece, so that no answer can be told from its prompt.
     """
 
-    def __init__(self, config: Config, split: str, tokenizer: Tokenizer):
+    def __init__(self, config: Config, split: str, tokenizer: Tokenizer, date: str = ""):
         _check_sources(config)
         docs = open_documents(config.data, split, config.cache_dir)
         if not isinstance(docs, FileDocuments):
@@ -88,9 +92,9 @@ class Conversations:
         self._any = False  # a row that was good
         self._any_messages = False  # a row that the template made a text of
         self.name, self.text, self.eos_id = docs.name, docs.fingerprint, tokenizer.eos_id
-        self.chat = load_chat(
-            tokenizer, config.tuning.chat_template, config.data.tokenizer, "tuning.chat_template", dated=True
-        )
+        date = date or datetime.datetime.now().isoformat()
+        template, setting = config.tuning.chat_template, "tuning.chat_template"
+        self.chat = load_chat(tokenizer, template, config.data.tokenizer, setting, date=date)
         self.pairs = config.tuning.objective == "dpo"  # sequences 2i and 2i + 1 are the two of row i
         # int32 [2, n] each: inputs and targets, NO_TARGET where none counts.
         self.sequences: list[np.ndarray] = []

@@ -35,12 +35,18 @@ Stream = CachedStream | JoinedStream | Conversations
 
 
 def open_stream(
-    config: Config, split: str, tokenizer: Tokenizer, processes: int = 0, setting: str = "data.source"
+    config: Config,
+    split: str,
+    tokenizer: Tokenizer,
+    processes: int = 0,
+    setting: str = "data.source",
+    date: str = "",
 ) -> Stream:
     """Opens the tokens of a split, tokenised on the first call by at most `processes` on this machine (0 = one per
-    core); for a tuning objective, its conversations. Other arguments and errors are those of `open_documents`."""
+    core); for a tuning objective, its conversations, which `date` is of. Other arguments and errors are those of
+    `open_documents`."""
     if config.tuning.objective != "pretrain":
-        return Conversations(config, split, tokenizer)
+        return Conversations(config, split, tokenizer, date)
     streams = {}
     for name, data in configs_by_source(config.data, split).items():
         docs = open_documents(data, split, config.cache_dir, MIXTURE if name else setting)

@@ -1,6 +1,7 @@
 """Starts a run: opens its data, models and checkpoints, compiles the step, and restores or begins its state."""
 
 import dataclasses
+import datetime
 import logging
 import pathlib
 import time
@@ -158,6 +159,7 @@ def _looks_back(config: Config, saved: Config, workdir: pathlib.Path) -> bool:
 def _open_inputs(config: Config, workdir: pathlib.Path, resumed: bool, models: Models) -> Inputs:
     """Opens tokenizer, chat template, data and tasks, and checks that a resumed run goes on with the same."""
     origin, teacher = models
+    date = hosts.broadcast(datetime.datetime.now().isoformat())  # of a chat template, in all processes and splits
     with clock.timed("data"), hosts.raise_together():
         if origin:
             pretrained.compare_models(origin, config)
@@ -168,8 +170,8 @@ def _open_inputs(config: Config, workdir: pathlib.Path, resumed: bool, models: M
             read = pretrained.with_pretrained_chat(origin, config)
         else:
             tokenizer, read = load_tokenizer(config), config
-        train = open_stream(read, "train", tokenizer)
-        validation = open_stream(read, "validation", tokenizer) if config.train.eval_every else None
+        train = open_stream(read, "train", tokenizer, date=date)
+        validation = open_stream(read, "validation", tokenizer, date=date) if config.train.eval_every else None
         chat = run_data.chat_files(read, train)
         run_data.check_template(workdir, chat)
         if teacher:

@@ -1,6 +1,5 @@
 """Where answers begin and end is found in renders that are linear in the messages, and as if each turn was rendered."""
 
-import datetime
 import itertools
 import json
 import random
@@ -109,14 +108,14 @@ def test_a_dated_chat_has_one_date_in_all_that_it_writes(monkeypatch: pytest.Mon
 
     def loaded(dated: bool, template: str = template, date: str = "2020-02-03") -> Chat:
         monkeypatch.setattr(module, "read_chat", lambda *_: ChatFiles(template, {}, "a", date))
-        return load_chat(bpe(), "", "", "", dated=dated)
+        return load_chat(bpe(), "", "", "", date="2031-02-03" if dated else "")
 
     message = [{"role": "user", "content": "a"}]
     of_then, of_now = loaded(True), loaded(False)
     assert of_then.stop == ("<|im_start|>",) and of_then.pieces(message)[0].text == "a<|im_start|>"
     assert of_now.stop == ("<|im_end|>",) and of_now.pieces(message)[0].text == "a<|im_end|>"
     assert (of_then.files.date, of_now.files.date, loaded(True, PLAIN).files.date) == ("2020-02-03", "", "")
-    assert datetime.datetime.fromisoformat(loaded(True, date="").files.date)
+    assert loaded(True, date="").files.date == "2031-02-03"
 
 
 def rendered(monkeypatch: pytest.MonkeyPatch) -> list[int]:

@@ -9,7 +9,7 @@ from unittest import mock
 import pytest
 from threads_as_processes import run_as_processes
 
-from bigmac_jax.config import Config, ConfigError
+from bigmac_jax.config import Config, ConfigError, TrainConfig
 from bigmac_jax.data.chat_files import NO_CHAT
 from bigmac_jax.data.tokenizer import ByteTokenizer
 from bigmac_jax.run import start
@@ -60,6 +60,23 @@ def test_what_process_0_cannot_write_ends_all(tmp_path: pathlib.Path, monkeypatc
     told = run_as_processes(monkeypatch, 2, lambda _: start.start(Config(), tmp_path))
     assert [type(error) for error in told] == [ConfigError, ConfigError], told
     assert all(f"{tmp_path / 'config.json'} cannot be written" in str(error) for error in told)
+
+
+def test_all_processes_and_splits_have_one_date(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Or rows that a chat template dates would be others on a machine elsewhere, and after midnight."""
+    dates: list[str] = []
+
+    def open_stream(_: Config, split: str, *__: Any, date: str) -> None:
+        dates.append(date)
+        if split == "validation":
+            raise ConfigError("enough")
+
+    monkeypatch.setattr(start, "open_stream", open_stream)
+    monkeypatch.setattr(start, "load_tokenizer", lambda _: ByteTokenizer())
+    config, none = Config(train=TrainConfig(eval_every=1)), start.Models(None, None)
+    told = run_as_processes(monkeypatch, 2, lambda _: start._open_inputs(config, tmp_path, False, none))
+    assert [str(error) for error in told] == ["enough"] * 2
+    assert len(dates) == 4 and len(set(dates)) == 1 and dates[0]
 
 
 def test_process_0_says_whether_the_run_has_begun(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
