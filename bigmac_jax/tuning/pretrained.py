@@ -117,6 +117,7 @@ def open_pretrained(place: str, identity: str = "", name: str = "train.init_from
         elif not has_run(path):
             fix = missing_place_fix(place, "give the workdir of a run, an export, or a folder of Hugging Face")
             raise ConfigError(f"{name}={place} holds no model; {fix}")
+    hosts.check_same({f"the model of {name}={place}": found.digest[:12] if found else "a run"})
     if found is None:
         number, digest = find_checkpoint(path, recorded or step)
         with hosts.raise_together():

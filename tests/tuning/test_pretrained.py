@@ -7,6 +7,7 @@ import os
 import pathlib
 import shutil
 import tempfile
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -17,6 +18,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from model.tools import leaves, on_mesh, random_model, tiny
 from safetensors.numpy import save_file
+from threads_as_processes import run_as_processes
 from tokenizers import Tokenizer
 from tokenizers.processors import TemplateProcessing
 from training.tools import read_records, small
@@ -455,15 +457,20 @@ def test_a_folder_is_fetched_by_all_or_none(tmp_path: pathlib.Path, monkeypatch:
     assert entered == ["together", "fetch", "apart", "read", "removed"]
 
 
+def write_export(folder: pathlib.Path) -> None:
+    """Of tensors that nobody reads."""
+    config = with_fields(tiny(), model={"vocab_size": 264}, data={"tokenizer": "tokenizer.json"})
+    values = {"model_type": "bigmac_jax", "config": describe_config(config)}
+    (folder / "config.json").write_text(json.dumps(values))
+    save_file({f"a{i}": np.zeros(8000, np.float32) for i in range(40)}, folder / "model.safetensors")
+    write_tokenizer(folder, config, ByteTokenizer())
+
+
 def test_a_folder_of_a_store_keeps_its_tokenizer(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whose copy is gone by the time that the tokenizer is read; and it is the same model whenever it is fetched."""
     place = tmp_path / "export"
     place.mkdir()
-    config = with_fields(tiny(), model={"vocab_size": 264}, data={"tokenizer": "tokenizer.json"})
-    values = {"model_type": "bigmac_jax", "config": describe_config(config)}
-    (place / "config.json").write_text(json.dumps(values))
-    save_file({f"a{i}": np.zeros(8000, np.float32) for i in range(40)}, place / "model.safetensors")
-    write_tokenizer(place, config, ByteTokenizer())
+    write_export(place)
 
     @contextlib.contextmanager
     def fetched(path: pathlib.Path) -> Iterator[pathlib.Path]:
@@ -481,6 +488,25 @@ def test_a_folder_of_a_store_keeps_its_tokenizer(tmp_path: pathlib.Path, monkeyp
     assert choose_tokenizer(origin, bpe).vocab_size == choose_tokenizer(origin, origin.config).vocab_size == 257
     os.utime(place / "model.safetensors", (0, 0))
     assert open_pretrained(str(place)).identity != origin.identity
+
+
+def test_processes_that_see_other_models_are_refused(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before some of them look for a run's checkpoint together."""
+    for name in ("0", "1"):
+        (tmp_path / name).mkdir()
+    write_export(tmp_path / "0")
+    write_run(tmp_path / "1", tiny(), {}, {}, ByteTokenizer())
+    seen = threading.local()
+    monkeypatch.setattr(storage, "locate", lambda *_: tmp_path / seen.process)
+    monkeypatch.setattr(pretrained_module, "find_checkpoint", lambda *_: pytest.fail("goes on"))
+
+    def work(process: int) -> None:
+        seen.process = str(process)
+        open_pretrained("there")
+
+    told = run_as_processes(monkeypatch, 2, work)
+    line = "process 1 was started with the model of train.init_from=there=a run, process 0 with the model of "
+    assert all(isinstance(error, ConfigError) and line in str(error) for error in told), told
 
 
 def test_the_command_line_takes_an_origin(base: tuple[Config, pathlib.Path]) -> None:
