@@ -150,7 +150,8 @@ def agree(config: Config | None, command: str) -> None:
     """
     names = [flag.name for flag in _flags(command) if flag.name != "config"] + ["num_processes", "peer_timeout"]
     fields: dict[str, Any] = environment.software_versions() | {f"--{name}": flags.FLAGS[name].value for name in names}
-    fields["$BIGMAC_KEEP_ENV"] = os.environ.get("BIGMAC_KEEP_ENV", "")  # by which programs are compiled
+    # By which programs are compiled.
+    fields["$BIGMAC_KEEP_ENV"] = "set" if "BIGMAC_KEEP_ENV" in os.environ else "not set"
     if config is None:
         fields |= {"overrides": OVERRIDES}
     else:

@@ -78,3 +78,15 @@ def test_process_0_says_which_run_the_config_comes_from(
     assert found[0] == found[1] and found[0][2] == str(tmp_path)
     told = run_as_processes(monkeypatch, 2, lambda _: program._read_saved(tmp_path))
     assert told == [(saved, {"data": 3})] * 2
+
+
+def test_processes_compare_what_their_programs_are_compiled_by(command: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    cli, told = command("train").cli, list[Any]()
+    monkeypatch.setattr(cli, "_flags", lambda _: [])
+    monkeypatch.setattr(cli, "flags", mock.MagicMock())
+    monkeypatch.setattr(cli.hosts, "check_same", told.append)
+    monkeypatch.setenv("BIGMAC_KEEP_ENV", "")
+    cli.agree(None, "")
+    monkeypatch.delenv("BIGMAC_KEEP_ENV")
+    cli.agree(None, "")
+    assert [fields["$BIGMAC_KEEP_ENV"] for fields in told] == ["set", "not set"]
