@@ -80,7 +80,7 @@ class Documents(abc.ABC):
         """Hex digest that changes when the documents do."""
 
     def fingerprint_by(self, rule: str) -> str:
-        """The fingerprint that the documents had when `rule` said what is held out (`splits.RULE`)."""
+        """The fingerprint that the documents had when `rule` said what is held out (`splits.RULES`)."""
         return self.fingerprint
 
     @property

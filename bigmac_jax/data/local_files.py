@@ -12,7 +12,7 @@ from bigmac_jax.data.documents import WHOLE, Content, Documents, Portion, ReadCo
 from bigmac_jax.data.files import Digests, json_digest
 from bigmac_jax.data.kinds import Kind
 from bigmac_jax.data.readers import cut_slices, read_slice
-from bigmac_jax.data.splits import RULE, HeldOut, hold_out, text_key
+from bigmac_jax.data.splits import RULES, HeldOut, hold_out, text_key
 from bigmac_jax.data.text_field import TextField
 from bigmac_jax.runtime import storage
 
@@ -41,7 +41,7 @@ class FileDocuments(Documents):
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        return self.fingerprint_by(RULE)
+        return self.fingerprint_by(RULES.get(len(self.held_out), ""))
 
     def fingerprint_by(self, rule: str) -> str:
         try:

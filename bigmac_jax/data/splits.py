@@ -13,8 +13,9 @@ from bigmac_jax.data.documents import WHOLE, Portion
 SPLITS = ("train", "validation", "test")
 SHARE = 0.05  # of the text, for each of validation and test
 FEW = 1000  # documents; of more, each is held out with probability SHARE
-RULE = "text-3"  # part of a corpus's fingerprint
-# text-1 cut long copies elsewhere, and never before \r; both held out a whole one of two documents for a single split.
+# How one split is held out, and how two are; part of a corpus's fingerprint. text-2 held out a whole one of two
+# documents for one split; text-1 cut long copies elsewhere, too, and never before \r.
+RULES = {1: "text-3", 2: "text-2"}
 EARLIER_RULES = ("text-2", "text-1")
 
 

@@ -177,7 +177,7 @@ def test_evaluation_refuses_another_text_that_splits_are_held_out_of(tmp_path: p
         open_run_stream(tmp_path / "run", config, "test", ByteTokenizer())
 
 
-@pytest.mark.parametrize(("mixed", "rule"), [(False, "text-1"), (True, "text-2")])
+@pytest.mark.parametrize(("mixed", "rule"), [(False, "text-1"), (True, "text-1"), (False, "text-2")])
 def test_a_run_begun_by_an_earlier_rule_of_what_is_held_out_goes_on(
     mixed: bool, rule: str, tmp_path: pathlib.Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -186,6 +186,7 @@ def test_a_run_begun_by_an_earlier_rule_of_what_is_held_out_goes_on(
     for name in "ab":
         (tmp_path / f"{name}.txt").write_text(f"The state of {name}. " * 99)
     places = {"mixture": f"{tmp_path}/a.txt=1,{tmp_path}/b.txt=1"} if mixed else {"source": f"{tmp_path}/a.txt"}
+    places |= {"test_source": f"{tmp_path}/b.txt"} if rule == "text-2" else {}  # then one split is held out
     config = Config(data=DataConfig(tokenizer="bytes", **places), cache_dir=str(tmp_path / "cache"))
     opened = {name: open_documents(config.data, name, config.cache_dir) for name in ("train", "validation")}
     now = {name: docs.fingerprint for name, docs in opened.items()}
