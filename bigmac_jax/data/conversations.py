@@ -42,6 +42,19 @@ _ROLES = {"human": "user", "gpt": "assistant"}  # ShareGPT's names
 Messages = list[dict[str, str]]
 
 
+class RefusedRowError(ConfigError):
+    """A row that tuning.bad_rows=stop does not take.
+
+    Args:
+      what: which, and what is wrong with it.
+      fix: what to do about it, where the run has not begun.
+    """
+
+    def __init__(self, what: str, fix: str):
+        super().__init__(f"{what}; {fix}")
+        self.what = what
+
+
 class _BadRowError(ValueError):
     """What is wrong with a row: a reason that others share, the words for this one, and `fix` if all rows need it."""
 
@@ -184,7 +197,7 @@ class Conversations:
     def _note_bad_row(self, bad: dict[str, list[str]], place: str, error: _BadRowError) -> None:
         if self._config.tuning.bad_rows == "stop":
             fix, skip = error.fix or "mend the row", ", or leave such rows out with tuning.bad_rows=skip"
-            raise ConfigError(f"{place}: {error}; {fix}{'' if error.fix and not self._any else skip}")
+            raise RefusedRowError(f"{place}: {error}", fix + ("" if error.fix and not self._any else skip))
         bad[error.reason].append(place)
 
     def _make_sequences(self, row: dict[str, Any]) -> list[list[Piece]]:

@@ -1,5 +1,6 @@
 """Starts a run: opens its data, models and checkpoints, compiles the step, and restores or begins its state."""
 
+import contextlib
 import dataclasses
 import datetime
 import logging
@@ -170,8 +171,9 @@ def _open_inputs(config: Config, workdir: pathlib.Path, resumed: bool, models: M
             read = pretrained.with_pretrained_chat(origin, config)
         else:
             tokenizer, read = load_tokenizer(config), config
-        train = open_stream(read, "train", tokenizer, date=date)
-        validation = open_stream(read, "validation", tokenizer, date=date) if config.train.eval_every else None
+        with run_data.rows_of_run(workdir) if resumed else contextlib.nullcontext():
+            train = open_stream(read, "train", tokenizer, date=date)
+            validation = open_stream(read, "validation", tokenizer, date=date) if config.train.eval_every else None
         chat = run_data.chat_files(read, train)
         run_data.check_template(workdir, chat)
         if teacher:

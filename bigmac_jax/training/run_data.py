@@ -3,11 +3,11 @@
 import contextlib
 import logging
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 from bigmac_jax.config import Config, ConfigError, DataConfig
 from bigmac_jax.data.chat_files import SETTINGS_FILE, TEMPLATE_FILE, ChatFiles, read_chat
-from bigmac_jax.data.conversations import Conversations
+from bigmac_jax.data.conversations import Conversations, RefusedRowError
 from bigmac_jax.data.corpus import has_splits, open_documents
 from bigmac_jax.data.documents import log_once
 from bigmac_jax.data.pipeline import Stream, open_stream
@@ -92,7 +92,20 @@ def open_run_stream(workdir: pathlib.Path, config: Config, split: str, tokenizer
       ConfigError: it is not there any more, or holds other text than when the run was trained.
     """
     check_split(workdir, config, split)
-    return open_stream(use_saved_template(workdir, config), split, tokenizer)
+    with rows_of_run(workdir):
+        return open_stream(use_saved_template(workdir, config), split, tokenizer)
+
+
+@contextlib.contextmanager
+def rows_of_run(workdir: pathlib.Path) -> Iterator[None]:
+    """Says of a refused row that it was none when the run began, so that the fix of a new run is none here."""
+    try:
+        yield
+    except RefusedRowError as error:
+        raise ConfigError(
+            f"{error.what}; it was not so when {workdir} was started: bring the rows back, or, if they are the same, "
+            f"go on with the version of {workdir}/run.json, which read them otherwise, or use a new --workdir"
+        ) from None
 
 
 def say_data_place(workdir: pathlib.Path, config: Config, split: str) -> None:
@@ -142,8 +155,9 @@ def check_rows(workdir: pathlib.Path, rows: Mapping[str, str]) -> None:
         if known.get(name, digest) != digest:
             raise ConfigError(
                 f"the {name} are other tokens than this workdir was started with, though their text is the same: the "
-                f"chat template or special tokens have changed; bring back {TEMPLATE_FILE} and {SETTINGS_FILE} of the "
-                f"workdir, or use a new --workdir"
+                f"chat template or special tokens have changed, or an earlier version read rows otherwise; bring back "
+                f"{TEMPLATE_FILE} and {SETTINGS_FILE} of the workdir, go on with the version of its run.json, or use a "
+                f"new --workdir"
             )
 
 

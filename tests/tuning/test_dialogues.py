@@ -22,7 +22,7 @@ from bigmac_jax.model.mesh import make_mesh
 from bigmac_jax.run import start
 from bigmac_jax.runtime import hosts
 from bigmac_jax.serving.dialogue import load_dialogue
-from bigmac_jax.training.run_data import chat_files, check_rows, check_template, fingerprint_rows
+from bigmac_jax.training.run_data import chat_files, check_rows, check_template, fingerprint_rows, rows_of_run
 from bigmac_jax.training.workdir import use_saved_template, write_run
 from bigmac_jax.tuning.pretrained import Pretrained, with_pretrained_chat
 
@@ -218,6 +218,18 @@ def test_another_template_is_refused_before_anything_compiles(
         pytest.raises(ConfigError, match=r"tuning\.chat_template is not .*/run/chat_t"),
     ):
         start.start(second, tmp_path / "run")
+
+
+def test_rows_that_a_run_has_learned_from_are_not_to_be_mended(tmp_path: pathlib.Path) -> None:
+    """An earlier version read rows that this one refuses: what a new run would be told to do does not help."""
+    config, workdir = config_of(tmp_path, "bytes"), tmp_path / "run"
+    begun(config, config, ByteTokenizer(), workdir)
+    row = {"messages": [{**TURNS[0], "weight": 1}, {**TURNS[1], "thinking": "Hm."}]}
+    pathlib.Path(config.data.source).write_text(json.dumps(row) + "\n")
+    with pytest.raises(ConfigError, match=r"use a new --workdir$") as told, rows_of_run(workdir):
+        open_stream(config, "train", ByteTokenizer())
+    assert "'thinking'" in str(told.value) and f"the version of {workdir}/run.json" in str(told.value)
+    assert "mend" not in str(told.value) and "bad_rows" not in str(told.value)
 
 
 def test_imports_and_exports_take_them_along(model: pathlib.Path, tmp_path: pathlib.Path) -> None:
