@@ -135,7 +135,7 @@ def _import(workdir: pathlib.Path) -> None:
         with hosts.raise_together():
             place = storage.locate(_CHECKPOINT.value, "--checkpoint")
             directory = stack.enter_context(storage.local_folder(place))
-        config = import_run(directory, workdir, cli.OVERRIDES, model_name(place))
+        config = import_run(directory, workdir, cli.OVERRIDES, model_name(place), place)
     hosts.say(f"{workdir}: {config.describe()}")
     for line in context_notes(config):
         hosts.say(line)

@@ -119,13 +119,17 @@ def export_model(
             card = model_card.make_card(config, name, trained, output.name, tokenizer is not None, bool(chat.template))
             (directory / "README.md").write_text(card)
 
+    failed: ConfigError | None = None
+    try:
+        if hosts.is_first():
+            write()
+    except ConfigError as error:  # of the disk, which the others do not meet
+        failed = error
+    for _ in arrays if hosts.is_distributed() else ():  # all of them gather every layer, whatever could be written
+        pass
     with hosts.raise_together():
-        try:
-            if hosts.is_first():
-                write()
-        finally:  # all of them gather every layer, whatever process 0 could write
-            for _ in arrays if hosts.is_distributed() else ():
-                pass
+        if failed:
+            raise failed
     return name
 
 

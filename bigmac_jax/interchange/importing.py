@@ -84,12 +84,17 @@ def import_model(directory: str | pathlib.Path, overrides: Sequence[str] = ()) -
 
 
 def import_run(
-    directory: str | pathlib.Path, workdir: str | pathlib.Path, overrides: Sequence[str] = (), name: str = ""
+    directory: str | pathlib.Path,
+    workdir: str | pathlib.Path,
+    overrides: Sequence[str] = (),
+    name: str = "",
+    place: str | pathlib.Path = "",
 ) -> Config:
     """Writes an imported model to a workdir, as a run at step 0 with a fresh optimizer.
 
     Args:
       name: what its card calls the checkpoint; by default as its directory.
+      place: where the user has it, if the directory is a copy.
 
     Raises:
       ConfigError: as `import_model`; or the workdir holds a run, or cannot be written.
@@ -100,7 +105,7 @@ def import_run(
     given = [override for override in overrides if override.startswith("data.tokenizer=")]
     with hosts.raise_together():
         config = check_new(open_checkpoint(directory, [field for field in overrides if field not in given])[0])
-        found = find_tokenizer(directory, config, given)
+        found = find_tokenizer(directory, config, given, place)
         digest = checkpoint_digest(directory) if hosts.is_distributed() else ""
     own = found[0].fingerprint if found else ""  # each reads its part of the tensors from its own folder
     hosts.check_same({"the files of --checkpoint": digest[:12], "the tokenizer of --checkpoint": own[:12] or "none"})
@@ -113,36 +118,39 @@ def import_run(
     return config
 
 
-def find_tokenizer(directory: pathlib.Path, config: Config, given: Sequence[str]) -> tuple[Tokenizer, ChatFiles] | None:
+def find_tokenizer(
+    directory: pathlib.Path, config: Config, given: Sequence[str], place: str | pathlib.Path = ""
+) -> tuple[Tokenizer, ChatFiles] | None:
     """The tokenizer of a checkpoint, which `config` names; None, with a warning, if there is none.
 
     Args:
       given: overrides of data.tokenizer: of one that has the same ids, and may have more. It is taken instead.
+      place: of the checkpoint, for messages; by default its directory.
 
     Raises:
       ConfigError: it has other ids, or cannot be read.
     """
-    name, own = config.data.tokenizer, None
+    name, own, place = config.data.tokenizer, None, place or directory
     if name in TOKENIZER_SIZES or pathlib.Path(name).is_file():
         try:
             if name not in TOKENIZER_SIZES:
                 storage.check_inside(directory, pathlib.Path(name).name)
-            own = _read_tokenizer(directory, config)
-            tokenizer_files.warn_of_added(str(directory), own[0])
+            own = _read_tokenizer(place, config)
+            tokenizer_files.warn_of_added(str(place), own[0])
         except ConfigError as error:
-            problem = f"{directory} can't be imported with its tokenizer: {error}"
+            problem = f"{place} can't be imported with its tokenizer: {error}"
             if not given:
                 raise ConfigError(problem) from None
             if hosts.is_first():
                 _log.warning("%s; %s is taken", problem, given[-1])
     elif not given and hosts.is_first():
-        _log.warning("%s holds no tokenizer; give --config.data.tokenizer, which text needs", directory)
+        _log.warning("%s holds no tokenizer; give --config.data.tokenizer, which text needs", place)
     if not given:
         return own
-    tokenizer, chat = _read_tokenizer(directory, with_overrides(config, given))
+    tokenizer, chat = _read_tokenizer(place, with_overrides(config, given), given)
     if own and not tokenizer_files.extends(tokenizer, own[0]):
         raise ConfigError(
-            f"{given[-1]} gives other ids than the tokenizer of {directory}; drop it to take that, or give one that "
+            f"{given[-1]} gives other ids than the tokenizer of {place}; drop it to take that, or give one that "
             f"only adds tokens to it"
         )
     if not own:
@@ -150,15 +158,18 @@ def find_tokenizer(directory: pathlib.Path, config: Config, given: Sequence[str]
     return tokenizer, chat._replace(ends=own[1].ends) if chat.template else own[1]
 
 
-def _read_tokenizer(directory: pathlib.Path, config: Config) -> tuple[Tokenizer, ChatFiles]:
+def _read_tokenizer(
+    place: str | pathlib.Path, config: Config, given: Sequence[str] = ()
+) -> tuple[Tokenizer, ChatFiles]:
     """As `tokenizer_files.read_tokenizer`; an import keeps its table, and a run that begins with the folder may grow
     it."""
     try:
         return tokenizer_files.read_tokenizer(config)
     except TooManyIdsError as error:
+        fields = " ".join(f"--config.{field}" for field in (f"model.vocab_size={error.rows}", *given))
         raise ConfigError(
-            f"{error.problem}; an import keeps its table: give bigmac train --config.train.init_from={directory} "
-            f"--config.model.vocab_size={error.rows} instead"
+            f"{error.problem}; an import keeps its table: give bigmac train --config.train.init_from={place} {fields} "
+            f"instead"
         ) from None
 
 
