@@ -27,6 +27,7 @@ from bigmac_jax.runtime import hosts, known_errors, signals
 from bigmac_jax.runtime.clock import STEPPING, Clock, clock
 
 _GRACE = 10.0  # seconds to find out which process an error comes from
+_UNWINDING = 60.0  # seconds in which process 0, where it meets the same config error, comes to its own line
 _LEAST = 5.0  # seconds for which a live process may be silent on an overloaded machine
 _LOOK = 0.5  # seconds between looks at what is known
 # A phase that is no step may make no progress for _SLOW timeouts and at least _LONG seconds; for _BUSY times that where
@@ -106,6 +107,7 @@ class Watchdog:
         self._silence = max(timeout - self.beat - _LOOK, 2 * self.beat, _LEAST)
         self._peers = [_Peer(i) for i in range(count)]
         self._beats, self._error, self._trace, self._failed_at = 0, "", "", 0.0
+        self._grace = _GRACE  # before process 0 names an error of this process
         self._verdict, self._lost, self._ended = "", 0, False
         self._closing, self._ending, self._hurry = threading.Event(), threading.Lock(), threading.Event()
         self._busy = self._busy_at = 0.0
@@ -132,6 +134,7 @@ class Watchdog:
             self._trace = "" if line else "".join(traceback.format_exception(error))
             self.blame(line or " ".join(f"{type(error).__name__}: {error}".split())[:500])
         if isinstance(error, ConfigError) and self._me:
+            self._grace = _UNWINDING
             self._tell(str(error), lambda: self._peers[0].ended)  # it prints the line, if it has it, too
         self._ended = True
         self._closing.set()
@@ -157,7 +160,7 @@ class Watchdog:
         `enough`."""
         self._error = error
         self._hurry.set()
-        end = time.monotonic() + 2 * _GRACE + 3 * self.beat
+        end = time.monotonic() + self._grace + _GRACE + 3 * self.beat
         while time.monotonic() < end and not enough():
             time.sleep(_LOOK / 5)
 
@@ -204,7 +207,7 @@ class Watchdog:
             idle = min(idle, now - self._busy_at)
         state = {"host": socket.gethostname(), "pid": os.getpid(), "place": _place(), "of": _belongs_to,
                  "step": clock.step, "started": clock.started, "phase": clock.phase, "idle": round(idle, 1),
-                 "beat": self._beats, "ended": self._ended, "error": self._error}  # fmt: skip
+                 "beat": self._beats, "ended": self._ended, "error": self._error, "grace": self._grace}  # fmt: skip
         return json.dumps(state, allow_nan=False)
 
     def _patience(self, phase: str) -> float:
@@ -258,7 +261,7 @@ class Watchdog:
         for peer in others:
             if peer.silent() > max(_LEAST, 2 * self.beat):
                 return f"{peer} has died"
-        if time.monotonic() - self._failed_at < max(_GRACE, 3 * self.beat):
+        if time.monotonic() - self._failed_at < max(failed[0].state["grace"], 3 * self.beat):
             return ""
         if behind := [peer for peer in others if peer.started < failed[0].started]:
             return f"{_join(behind)} did not start step {failed[0].state['step']}: {failed[0].state['error']}"
