@@ -162,9 +162,10 @@ class Checkpoints:
         except Exception as error:
             self._failed(error)
             return False
-        if self._saving:
-            self._folder.remove_unfinished()  # and the older ones that Orbax has set apart
-            self._saving = 0
+        if self._saving and not storage.is_store(self._folder.path):
+            with contextlib.suppress(OSError):  # of NFS, where one is still read; the next time takes it
+                self._folder.remove_unfinished()  # and the older ones that Orbax has set apart
+        self._saving = 0
         return True
 
     def _failed(self, error: Exception) -> None:
