@@ -22,7 +22,9 @@ class NonFiniteLossError(RunError):
         self.step, self.loss, self.grad_norm = step, float(metrics.loss), float(metrics.grad_norm)
         self.what = f"step {step}: loss {self.loss:g}, gradient norm {self.grad_norm:g}"
         if math.isfinite(self.loss) and math.isfinite(self.grad_norm):
-            self.what += f": a spike, above train.spike_factor={train.spike_factor:g} × the median of recent losses"
+            self.what += (
+                f": a spike, above train.spike_factor={train.spike_factor:g} × about the median of recent losses"
+            )
         super().__init__(self.what + end)
 
 

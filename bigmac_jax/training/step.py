@@ -35,7 +35,7 @@ from bigmac_jax.training.offload import check_offload, in_host_memory, update_by
 from bigmac_jax.training.optimizer import learning_rate, make_optimizer, update_average
 from bigmac_jax.training.replicas import gather_shards, split_replicas, sum_gradients, take_shards
 
-RECENT_LOSSES = 32  # whose median a spike is measured by
+RECENT_LOSSES = 32  # a spike is measured by the 17th smallest, nearly their median
 
 
 @jax.tree_util.register_dataclass
