@@ -145,7 +145,7 @@ def test_each_start_says_what_it_did(story: Story) -> None:
     starts = [record for record in read_records(story.interrupted) if "start/compile_s" in record]
     assert starts[0]["step"] == 0 and starts[-1]["step"] == story.stopped_at
     assert {"start/imports_s", "start/data_s", "start/restore_s", "start/first_step_s"} <= starts[-1].keys()
-    # The line leaves out what took no time: imports of a fork, compilation from a cache, the first step on a fast machine.
+    # The line leaves out what took no time: imports of a fork, compilation from a cache, a first step.
     (line,) = re.findall(r"^start: ([^;\n]*)", story.stop_output, re.MULTILINE)
     printed = {part.rsplit(" ", 2)[0]: float(part.split()[-2]) for part in line.replace("other ", "start ").split(", ")}
     written = {name.removeprefix("start/").removesuffix("_s").replace("_", " "): seconds
