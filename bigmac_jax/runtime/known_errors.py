@@ -1,5 +1,6 @@
-"""Errors that are no fault of the program: memory that does not suffice, a store that does not answer."""
+"""Errors that are no fault of the program: memory or a disk that does not suffice, a store that does not answer."""
 
+import errno
 import re
 
 import jax
@@ -18,6 +19,8 @@ def explain(error: BaseException) -> str:
             f"memory does not suffice{what}; use fewer tokens at a time (batch, length), more devices, mesh.fsdp or "
             f"execution.remat (`bigmac plan` says what a config takes)"
         )
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return f"{error.filename or 'a file'} cannot be written ({error.strerror}); free space"
     if storage.is_store_error(error):
         return f"a store can't be read or written now ({storage.reason(error)}); run it again later"
     return ""

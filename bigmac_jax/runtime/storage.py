@@ -190,11 +190,16 @@ def write_atomically(path: pathlib.Path, content: bytes) -> None:
         filesystem(path).pipe_file(str(path), content)
         return
     temporary = path.with_name(f"{path.name}.tmp")
-    with temporary.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    try:
+        with temporary.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError:
+        with contextlib.suppress(OSError):  # what a full disk took of it
+            temporary.unlink()
+        raise
 
 
 def save_figure(figure: Any, path: pathlib.Path) -> None:

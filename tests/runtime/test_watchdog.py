@@ -1,5 +1,6 @@
 """What the watch concludes from what processes tell: a store in memory, and clocks that are set."""
 
+import errno
 import json
 import os
 import pathlib
@@ -552,14 +553,22 @@ def test_a_known_error_is_one_line(
     monkeypatch.setattr(time, "sleep", lambda _: None)
     exhausted = jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 7 bytes.")
     away = type("ClientError", (OSError,), {"__module__": "aiohttp"})("503")
-    for error, line in ((exhausted, "memory does not suffice (an array of 7 bytes)"), (away, "a store can't be read")):
+    full = OSError(errno.ENOSPC, "No space left on device")
+    named = OSError(errno.EDQUOT, "Disk quota exceeded", "runs/x")
+    lines = {
+        exhausted: "memory does not suffice (an array of 7 bytes)",
+        away: "a store can't be read",
+        full: "a file cannot be written (No space left on device); free space",
+        named: "runs/x cannot be written (Disk quota exceeded); free space",
+    }
+    for error, line in lines.items():
         watch = Watchdog(TIMEOUT, job.store, 1, 2, job.clocks[1])
         monkeypatch.setattr(watch, "_tell", lambda _: None)
         monkeypatch.setattr(watch, "_threads", [], raising=False)
         watch.__exit__(type(error), error, None)
         told = capsys.readouterr().err
         assert told.startswith(f"error: process 1 failed: {line}") and told.count("\n") == 1
-    assert codes == [3, 3]
+    assert codes == [3] * 4
 
 
 def test_a_reader_that_leaves_ends_the_job_quietly(

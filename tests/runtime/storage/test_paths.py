@@ -1,11 +1,13 @@
 """Paths, whole writes, local copies and leases, each against a real server."""
 
 import contextlib
+import errno
 import hashlib
 import json
 import pathlib
 import threading
 import time
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -181,6 +183,16 @@ def test_links_out_of_a_folder_are_refused(tmp_path: pathlib.Path) -> None:
     ):  # fmt: skip
         with contextlib.nullcontext() if fine else pytest.raises(ConfigError, match="outside of its folder"):
             assert storage.check_inside(folder, name) == folder / name
+
+
+def test_a_file_that_a_disk_does_not_take_leaves_nothing(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    storage.write_atomically(tmp_path / "a", b"before")
+    monkeypatch.setattr(storage.os, "fsync", mock.Mock(side_effect=OSError(errno.ENOSPC, "full")))
+    with pytest.raises(OSError, match="full"):
+        storage.write_atomically(tmp_path / "a", b"after")
+    assert storage.list_files(tmp_path) == {tmp_path / "a": 6} and (tmp_path / "a").read_bytes() == b"before"
 
 
 def test_paths_of_a_disk(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
