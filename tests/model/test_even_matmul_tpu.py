@@ -19,7 +19,7 @@ from .tools import assert_close
         (4, 2, 80, 40, 24, "bfloat16"),
         (2, 2, 13, 40, 24, "float32"),  # ranks one by one: their rows do not stand behind each other
         pytest.param(2, 3, 133, 16, 300, "bfloat16", marks=pytest.mark.full),
-        (1, 2, 1040, 16, 24, "float32"),  # a rank's rows in several tiles
+        (2, 2, 1040, 16, 24, "float32"),  # a rank's rows in several tiles
         pytest.param(2, 2, 8, 8192, 200, "float32", marks=pytest.mark.full),  # columns in two tiles, the last cut off
         pytest.param(1, 2, 16, 1100, 520, "bfloat16", marks=pytest.mark.full),  # the gradient in four
     ],
