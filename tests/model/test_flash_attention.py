@@ -165,6 +165,7 @@ def test_what_is_chosen() -> None:
         ("gpu", "bfloat16", 512, 4096, True): "xla",
         ("cpu", "bfloat16", 128, 4096, True): "blocks",
         ("cpu", "float32", 8, 1, False): "blocks",
+        ("METAL", "float32", 64, 4096, False): "xla",  # a platform of somebody else
     }
     assert {case: choose_implementation(*case) for case in expected} == expected
     assert not any(refusal(name, *case[:3], case[4]) for case, name in expected.items())
