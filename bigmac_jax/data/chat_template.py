@@ -37,10 +37,6 @@ PLAIN = (
     "{% if add_generation_prompt %}Assistant:{% endif %}"
 )
 ROLES = ("system", "developer", "user", "assistant")
-# What a message may say beside its content, by OpenAI, TRL and servers of models that reason; templates don't get it.
-_UNREAD = (
-    "tool_calls", "function_call", "reasoning_content", "reasoning", "thinking", "refusal", "audio", "images",
-)  # fmt: skip
 # Unicode says that these are never characters: they mark answers in what is rendered, and stand for an answer.
 _BEGIN, _END, _ANSWER = "\ufdd0", "\ufdd1", "\ufdd2"
 _NUMBER = "_number_of"  # what a template's loops call where they begin with a message
@@ -288,11 +284,6 @@ def load_chat(
     if not date:
         say_template(chat)
     return chat
-
-
-def find_unread(message: dict[str, Any]) -> str:
-    """The first part of a message that says something and is not read; "" if there is none."""
-    return next((name for name in _UNREAD if message.get(name)), "")
 
 
 def say_template(chat: Chat) -> None:

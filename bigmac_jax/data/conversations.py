@@ -20,7 +20,7 @@ import numpy as np
 from bigmac_jax.config import Config, ConfigError
 from bigmac_jax.data import kinds
 from bigmac_jax.data.batch import NO_TARGET
-from bigmac_jax.data.chat_template import ChatError, Piece, find_unread, load_chat, say_template
+from bigmac_jax.data.chat_template import ChatError, Piece, load_chat, say_template
 from bigmac_jax.data.corpus import open_documents
 from bigmac_jax.data.documents import ReadCounts, Slice, decode, log_once
 from bigmac_jax.data.encoding import Counts
@@ -38,6 +38,10 @@ _FORMS = {
 }
 # Fields of a row, by OpenAI, TRL and ShareGPT, that would change what the model reads before an answer.
 _UNREAD = ("tools", "functions", "images", "image", "videos", "audio", "chat_template_kwargs")
+# What a message may say beside its content, by them and servers of models that reason; templates don't get it.
+_UNREAD_OF_MESSAGE = (
+    "tool_calls", "function_call", "reasoning_content", "reasoning", "thinking", "refusal", "audio", "images",
+)  # fmt: skip
 _ROLES = {"human": "user", "gpt": "assistant"}  # ShareGPT's names
 Messages = list[dict[str, str]]
 
@@ -340,11 +344,15 @@ def _system(row: dict[str, Any]) -> Messages:
 
 def _check_all_is_read(row: dict[str, Any]) -> None:
     """Raises _BadRowError if an answer would be learned without what belongs before it, or against its label."""
-    for name in _UNREAD:
-        if row.get(name):
-            raise _BadRowError(f"with {name}, which is not read", f"its {name!r} is not read")
+    if unread := _first_said(row, _UNREAD):
+        raise _BadRowError(f"with {unread}, which is not read", f"its {unread!r} is not read")
     if row.get("label") is False:  # TRL's unpaired preferences
         raise _BadRowError("with label false", "its label is false, and every answer is learned")
+
+
+def _first_said(fields: dict[str, Any], names: Sequence[str]) -> str:
+    """The first of these fields that says something; "" if none does."""
+    return next((name for name in names if fields.get(name)), "")
 
 
 def _begin_with(prompt: Messages, answer: Messages, name: str) -> Messages:
@@ -375,7 +383,7 @@ def _messages(value: Any, name: str) -> Messages:
     for i, message in enumerate(value):
         keys = ("from", "value") if isinstance(message, dict) and "from" in message else ("role", "content")
         fields = [message.get(key) for key in keys] if isinstance(message, dict) else [None]
-        if isinstance(message, dict) and (unread := find_unread(message)):
+        if isinstance(message, dict) and (unread := _first_said(message, _UNREAD_OF_MESSAGE)):
             raise _BadRowError(f"with {unread}, which is not read", f"{name}[{i}] has {unread!r}, which is not read")
         if not all(isinstance(field, str) for field in fields):
             raise _BadRowError("with a message that is no text", f"{name}[{i}] has no texts for {' and '.join(keys)}")
