@@ -33,13 +33,17 @@ def adapted(config: Config, params: nnx.State) -> dict[Path, nnx.Param]:
         return {}
     # The next-token modules of a pretrained model stay as they are.
     flat = [(path, param) for path, param in nnx.to_flat_state(params) if path[0] != "mtp"]
-    # Biases and norms, which do not decay either, are no matrices: experts' biases have two dimensions as well.
-    matrices = {path: param for path, param in flat if declared(param).decays}
-    parts = {declared(param).part for param in matrices.values()}
-    wanted = set(tuning.lora_targets.split(","))
-    if not wanted & parts:
+    found = {path: param for path, param in flat if is_adapted(declared(param), tuning.lora_targets)}
+    if not found:
+        parts = {declared(param).part for _, param in flat if declared(param).decays}
         raise ConfigError(f"tuning.lora_targets={tuning.lora_targets} are not in the model; it has {', '.join(parts)}")
-    return {path: param for path, param in matrices.items() if declared(param).part in wanted}
+    return found
+
+
+def is_adapted(of: Declaration, targets: str) -> bool:
+    """Whether a parameter gets adapters: it is a matrix that is trained, of a part that tuning.lora_targets names."""
+    # Biases and norms, which do not decay either, are no matrices: experts' biases have two dimensions as well.
+    return of.trained and of.decays and of.part in targets.split(",")
 
 
 def make_adapters(config: Config, params: nnx.State, key: Array) -> nnx.State:

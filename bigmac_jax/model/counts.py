@@ -105,7 +105,7 @@ def _trained(
     if not lora_rank:
         if of.trained:
             yield of, shape, spec
-    elif is_adapted(of, targets):
+    elif adapters.is_adapted(of, targets):
         (*leading, X, Y), (*before, rows, columns) = (
             shape,
             (spec[i] if i < len(spec) else None for i in range(len(shape))),
@@ -124,13 +124,8 @@ def adapted_parts(config: Config) -> list[str]:
     """Those of tuning.lora_targets that the model has matrices of; next-token modules get no adapters."""
     model = dataclasses.replace(config.model, mtp_modules=0, mtp_blocks="")
     found = declarations(model, config.mesh.split_experts, config.data.sequence_length)
-    parts = {of.part for of, _ in found if is_adapted(of, config.tuning.lora_targets)}
+    parts = {of.part for of, _ in found if adapters.is_adapted(of, config.tuning.lora_targets)}
     return [part for part in config.tuning.lora_targets.split(",") if part in parts]
-
-
-def is_adapted(of: Declaration, targets: str) -> bool:
-    """Whether a parameter gets adapters (`adapters.adapted`): it is a matrix that is trained, of a part of these."""
-    return of.decays and of.trained and of.part in targets.split(",")
 
 
 @functools.lru_cache(maxsize=64)

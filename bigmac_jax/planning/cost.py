@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 from bigmac_jax.config import Config, ConfigError, ModelConfig
 from bigmac_jax.model import counts
+from bigmac_jax.model.adapters import is_adapted
 from bigmac_jax.model.choose_exchange import choose_exchange
 from bigmac_jax.model.counts import Parameters, Sizes, parameters
 from bigmac_jax.model.exchange import Gather, Hierarchical, Ragged
@@ -61,10 +62,7 @@ def step_time(
     Raises:
       ConfigError: as `cluster`.
     """
-    times = predict(make_job(config, sizes, hardware, topology, load), hardware)
-    peak = math.prod(sizes.values()) * hardware.flops_per_second(config.execution.dtype)
-    whole, causal = (sum(counts.flops(config, causal).values()) / peak for causal in (False, True))
-    return replace(times, at_peak=whole, at_peak_causal=causal)
+    return predict(make_job(config, sizes, hardware, topology, load), hardware)
 
 
 def make_job(config: Config, sizes: Sizes, hardware: Hardware, topology: Torus | None = None, load: Load = EVEN) -> Job:
@@ -102,6 +100,7 @@ def make_job(config: Config, sizes: Sizes, hardware: Hardware, topology: Torus |
         to_logits=counts.passes_to_logits(config),
         again=recomputed(config),
         frozen=counts.frozen_parts(config),
+        useful=tuple(sum(counts.flops(config, causal).values()) for causal in (False, True)),
         padding=padding,
         imbalance=imbalance,
         updated=setting.count.updated_of_a_rank,
@@ -266,7 +265,7 @@ def _adapted_numbers(config: Config) -> tuple[int, int, int]:
     adapters' are made of it."""
     found = [0, 0, 0]
     for of, shape in counts.declarations(config.step_model, False, config.data.sequence_length):
-        if counts.is_adapted(of, config.tuning.lora_targets):
+        if is_adapted(of, config.tuning.lora_targets):
             found[2 if of.part == "experts" else 1 if TENSOR in of.split else 0] += math.prod(shape)
     everyone, tensor, experts = found
     return everyone, tensor, experts

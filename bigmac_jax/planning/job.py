@@ -61,6 +61,7 @@ class Job:
       forward_passes, to_logits: forward passes, and those of them whose logits are computed.
       again: the share of each part's forward pass that is recomputed; also of "scores" and of "passes" over memory.
       frozen: parts whose matrices get no gradient.
+      useful: FLOPs of a step, and those with half of attention's scores and values; by default of the shape.
       padding: rows that experts multiply over rows that hold a token.
       imbalance: the busiest expert rank's rows over the mean.
       updated: parameters of a rank that the optimizer reads.
@@ -92,6 +93,7 @@ class Job:
     to_logits: float = 1.0
     again: Mapping[str, float] = field(default_factory=dict)
     frozen: Collection[str] = ()
+    useful: tuple[float, ...] = ()
     padding: float = 1.0
     imbalance: float = 1.0
     updated: float = 0.0
@@ -132,7 +134,7 @@ class Times:
     optimizer: float  # its passes over memory, and those that add up the gradients of a batch in parts
     hidden: float  # the part of `exchange` that runs beside matmuls, at best
     tokens: int  # tokens of a step
-    at_peak: float  # seconds of the step's useful FLOPs (`counts.flops`; a published run's are its shape's) at the peak
+    at_peak: float  # seconds of the step's useful FLOPs (`Job.useful`) at the machine's peak
     tensor: float = 0.0  # sequences gathered, and sums of them scattered, over mesh.tensor
     parameters: float = 0.0  # parameters gathered from their shards, with mesh.fsdp
     attention: float = 0.0  # scores and values; the scan of Mamba layers
@@ -216,7 +218,8 @@ def predict(job: Job, hardware: Hardware) -> Times:
     computing = sum(products.values()) + attention + memory
     hidden_sums = HIDDEN_SUMS[hardware.platform] * min(job.gathers + job.gradients, computing)
     peak = job.ranks * hardware.flops_per_second(job.dtype)
-    causal, whole = (3 * job.tokens * job.shape.flops(job.length, causal) for causal in (True, False))
+    useful = job.useful or [3 * job.tokens * job.shape.flops(job.length, causal) for causal in (False, True)]
+    at_peak, at_peak_causal = (flops / peak for flops in useful)
     return Times(
         matmul=sum(products.values()),
         attention=attention,
@@ -232,8 +235,8 @@ def predict(job: Job, hardware: Hardware) -> Times:
         host=host_seconds(job, hardware, computing),
         bubble=computing * (job.stages - 1) / (job.virtual * job.parts),
         tokens=job.tokens,
-        at_peak=whole / peak,
-        at_peak_causal=causal / peak,
+        at_peak=at_peak,
+        at_peak_causal=at_peak_causal,
     )
 
 
