@@ -206,9 +206,9 @@ def bars(images: pathlib.Path, runs: list[Run]) -> str:
         return ""
     groups = list(dict.fromkeys(trained for trained, _ in found))
     figure, axes = plt.subplots(1, len(ALL), figsize=(15, 3.6), layout="constrained")
+    structures = [s for s in STRUCTURES if any(s == name for _, name in found)]
+    width = 0.8 / len(structures)
     for axis, domain in zip(axes, ALL, strict=True):
-        structures = [s for s in STRUCTURES if any(s == name for _, name in found)]
-        width = 0.8 / len(structures)
         for number, structure in enumerate(structures):
             at = [i for i, trained in enumerate(groups) if (trained, structure) in found]
             values = [mean([r["read"][domain]["bits_per_byte"] for r in found[groups[i], structure]]) for i in at]
