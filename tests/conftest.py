@@ -56,6 +56,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--part", default="", metavar="N/16", help="of sixteen parts of the tests, those of part N")
+    parser.addoption("--order", default="", help="of the files: by a hash of this and their names")
 
 
 def pytest_pycollect_makeitem(collector: Any, obj: Any) -> list[Any] | None:
@@ -74,7 +75,10 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         config.hook.pytest_deselected(items=others)
         items[:] = [item for item in items if part.part_of(item.nodeid) == number]
     # With --no-loadscope-reorder workers take files in this order.
-    items.sort(key=lambda item: item.path.name not in LONG)
+    if order := config.getoption("--order"):
+        items.sort(key=lambda item: part.place_of(item.location[0], order))
+    else:
+        items.sort(key=lambda item: item.path.name not in LONG)
 
 
 @pytest.fixture

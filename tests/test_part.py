@@ -35,5 +35,11 @@ def test_a_tree_that_pytest_cannot_run_is_red(
         monkeypatch.setattr(part.pathlib.Path, "exists", lambda path: path.name == "lastfailed")
         monkeypatch.setattr(part.json, "loads", lambda text: failed)
         monkeypatch.setattr(part.pathlib.Path, "read_text", lambda path: "")
-    assert part.main(3) == expected
+    assert part.main(3, "a tree") == expected
     assert (f"pytest ended with {code}" in capsys.readouterr().out) == bool(expected)
+
+
+def test_every_file_is_the_first_of_some_order() -> None:
+    files = [f"tests/test_{name}.py" for name in "abcdef"]
+    first = {min(files, key=lambda file: part.place_of(file, f"{tree:x}")) for tree in range(100)}
+    assert first == set(files)
