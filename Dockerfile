@@ -14,4 +14,6 @@ WORKDIR /work
 RUN bigmac --version && bigmac plan --config=tiny
 # What NVIDIA's runtime lends to the container; elsewhere nobody reads it.
 ENV NVIDIA_VISIBLE_DEVICES=all NVIDIA_DRIVER_CAPABILITIES=compute,utility
+# Where GKE puts the driver, which has no such runtime.
+ENV LD_LIBRARY_PATH=/usr/local/nvidia/lib64
 CMD ["bigmac", "--help"]

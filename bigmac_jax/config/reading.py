@@ -6,10 +6,11 @@ the form `model.top_k=8` to it. Every error is a `ConfigError`.
 
 import contextlib
 import dataclasses
-import importlib.util
 import logging
 import pathlib
+import sys
 import traceback
+import types
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -53,6 +54,8 @@ def load_with_base(
     path: str | pathlib.Path | Mapping[str, Any], overrides: Sequence[str] | Mapping[str, Any] = ()
 ) -> tuple[Config, Config]:
     """As `load_config`, with the config as it was before the overrides."""
+    if isinstance(overrides, str):
+        raise ConfigError(f"the overrides are a text, {overrides!r}; give a list, [{overrides!r}], or a dictionary")
     overrides = _as_overrides(overrides) if isinstance(overrides, Mapping) else overrides
     base = with_overrides(Config(), _as_overrides(path)) if isinstance(path, Mapping) else _read(str(path), overrides)
     config = with_overrides(base, overrides)
@@ -157,7 +160,13 @@ def as_base(config: Config, file: str, overrides: Sequence[str]) -> Config:
 
 def _as_overrides(fields: Mapping[str, Any]) -> list[str]:
     """FIELD=VALUE of each field of a dictionary, whose groups may be dictionaries."""
-    return [f"{name}={value}" for name, value in field_values(dict(fields))]
+    values = list(field_values(dict(fields)))
+    for name, value in values:
+        if value is None or isinstance(value, list | tuple | set):
+            raise ConfigError(
+                f"{name} is {value!r}, and a field is a text, a number or a bool; leave it out, or give one"
+            )
+    return [f"{name}={value}" for name, value in values]
 
 
 def _names(overrides: Sequence[str]) -> set[str]:
@@ -165,17 +174,20 @@ def _names(overrides: Sequence[str]) -> set[str]:
 
 
 def _read(path: str, overrides: Sequence[str]) -> Config:
-    name, _, argument = path.partition(":")
     what = f"--config={path!r} could not be read"
     with _one_line(what):
+        whole = pathlib.Path(path).expanduser().is_file()
+        name, _, argument = (path, "", "") if whole else path.partition(":")
         file = _find(name)
     with _one_line(what, str(file)):
         if file.suffix == ".json":
             return as_base(Config.from_json(file.read_text(), name), name, overrides)
-        spec = importlib.util.spec_from_file_location("bigmac_config_file", file)
-        assert spec and spec.loader, file  # is_file() holds; a name without .py has no loader
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
+        if file.suffix != ".py":
+            raise ConfigError(f"--config={name!r} is neither .py nor .json; give a file of Python, {_EXAMPLE}")
+        # Not by an import, whose bytecode is taken for that of a file of the same size and second.
+        module = sys.modules["bigmac_config_file"] = types.ModuleType("bigmac_config_file")
+        module.__file__ = str(file)
+        exec(compile(file.read_bytes(), file, "exec"), module.__dict__)
         if not callable(getattr(module, "get_config", None)):
             raise ConfigError(f"{name} has no get_config(); define one that returns a Config, {_EXAMPLE}")
         config = module.get_config(*([argument] if argument else []))

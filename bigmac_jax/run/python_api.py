@@ -15,12 +15,14 @@ from bigmac_jax.planning.planner import make_plan
 from bigmac_jax.run import loop
 from bigmac_jax.runtime.storage import locate
 from bigmac_jax.training.metrics_file import read_records
+from bigmac_jax.training.workdir import locate_workdir
 
 _log = logging.getLogger(__name__)
 
 
 def train(config: Config, workdir: str | os.PathLike[str]) -> loop.Result:
-    """Trains in `workdir` on the config's mesh, as train.py does: a run that has begun goes on where it stands.
+    """Trains in `workdir` on the config's mesh, as train.py does: a run that has begun goes on where it stands. The
+    mesh is not fitted to fewer replicas, and programs are kept where JAX is told to.
 
     It has to be called from the main thread, where signals arrive: an interrupt saves the run and ends it. Fields that
     are set and not read are named in a warning of the logger `bigmac_jax`.
@@ -28,10 +30,11 @@ def train(config: Config, workdir: str | os.PathLike[str]) -> loop.Result:
     Raises:
       ConfigError, RunError: as `bigmac_jax.run.loop.train`.
     """
+    path = locate_workdir(os.fspath(workdir))
     with jax.set_mesh(mesh := make_mesh(config)):
         for line in notes(config, ranks=mesh.shape["data"]):
             _log.warning("%s", line)
-        return loop.train(config, locate(workdir, "workdir"))
+        return loop.train(config, path)
 
 
 def metrics(workdir: str | os.PathLike[str]) -> dict[str, np.ndarray]:

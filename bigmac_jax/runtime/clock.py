@@ -82,6 +82,7 @@ def process_start() -> float:
     try:
         ticks = int(pathlib.Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
         up = float(pathlib.Path("/proc/uptime").read_text().split()[0])
-        return time.monotonic() - (up - ticks / os.sysconf("SC_CLK_TCK"))
+        age = up - ticks / os.sysconf("SC_CLK_TCK")
+        return time.monotonic() - max(age, 0)  # a container's uptime may be its own, and stat's ticks the host's
     except (OSError, ValueError, IndexError):
         return time.monotonic()

@@ -2,9 +2,11 @@
 JAX writes them in place, replaces none, and would compile it at every later start, with a warning of two lines.
 """
 
+import contextlib
 import logging
 import pathlib
 import re
+import time
 import warnings
 from typing import Any
 
@@ -17,6 +19,7 @@ _SAID = {
     "reading": "cannot be read ({why}); it is compiled and written anew",
     "writing": "cannot be written ({why}); the next start compiles it again",
 }
+_BEGAN = time.time()  # what is older was not cut short by this process
 _log = logging.getLogger(__name__)
 
 
@@ -47,5 +50,7 @@ def mend(folder: pathlib.Path, message: str) -> str:
     doing, name, why = found.groups()
     if not is_store(folder):  # which has an object whole or not at all
         for file in folder.glob(f"{name}-*-cache"):  # JAX gives no more than the name: those of other meshes go as well
-            file.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # somebody else's
+                if doing == "reading" or file.stat().st_mtime >= _BEGAN:
+                    file.unlink()
     return f"a compiled program, {name} in {folder}, {_SAID[doing].format(why=why)}"

@@ -7,6 +7,7 @@ import math
 import pathlib
 import random
 import re
+import sys
 from typing import Any
 
 import pytest
@@ -351,14 +352,46 @@ def test_broken_config_files(tmp_path: pathlib.Path, text: str, parts: tuple[str
         assert part in message
 
 
+@pytest.mark.parametrize("write_bytecode", [True, False])
+def test_a_file_is_read_as_it_is_now(
+    tmp_path: pathlib.Path, write_bytecode: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not as it was in the same second, nor by another name; and it may hold what looks for its module."""
+    monkeypatch.setattr(sys, "dont_write_bytecode", not write_bytecode)
+    path = tmp_path / "2026-01-01T10:30.py"
+    text = (
+        "from __future__ import annotations\nimport dataclasses\nfrom bigmac_jax.config import *\n"
+        "@dataclasses.dataclass\nclass Own:\n    x: int\n"
+        "def get_config():\n    return Config(model=ModelConfig(top_k={}))\n"
+    )
+    for top_k in (1, 2, 4):
+        path.write_text(text.format(top_k))
+        assert load_config(path).model.top_k == top_k
+    assert [file.name for file in tmp_path.iterdir()] == [path.name]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "part"),
+    [
+        ({"train": {"wandb": None}}, "train.wandb is None, and a field is a text, a number or a bool; leave it out"),
+        ({"data.mixture": ["sotu=1"]}, "data.mixture is ['sotu=1'], and a field is a text"),
+        ("train.steps=10", "the overrides are a text, 'train.steps=10'; give a list, ['train.steps=10'], or a dict"),
+    ],
+)
+def test_overrides_of_no_field(overrides: Any, part: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_config("tiny", overrides)
+    assert part in str(caught.value)
+
+
 def test_other_files(tmp_path: pathlib.Path) -> None:
     assert "is not a file" in refusal(tmp_path / "missing.py")
     assert "is not a file" in refusal(tmp_path)
     assert "is not a file" in refusal("")
     (tmp_path / "binary.py").write_bytes(bytes(range(128, 256)))
     refusal(tmp_path / "binary.py")
-    (tmp_path / "config.txt").write_text(MINIMAL)
-    refusal(tmp_path / "config.txt")
+    (tmp_path / "config.yaml").write_text(MINIMAL)
+    assert "config.yaml' is neither .py nor .json; give a file of Python" in refusal(tmp_path / "config.yaml")
     # Paths that the file system itself refuses, or that would break the line.
     refusal("~no_such_user/config.py")
     refusal("x" * 5000)

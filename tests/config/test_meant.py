@@ -219,7 +219,7 @@ def test_load_config_takes_dictionaries() -> None:
     for wrong, said in (
         ({"model": {"topk": 2}}, "'model.topk' is not a field of the config; did you mean model.top_k?"),
         ({"model": 2}, "'model' is not a field of the config, but a group"),
-        ({"train.steps": None}, "train.steps='None' must be of type int"),
+        ({"train.steps": None}, "train.steps is None, and a field is"),
         ({7: 2}, "'7' is not a field"),
     ):
         for load in (lambda values: load_config(values), lambda values: load_config(TINY, values)):

@@ -52,6 +52,15 @@ def test_columns_of_a_record(tmp_path: pathlib.Path) -> None:
     np.testing.assert_array_equal(columns["eval/loss"], [np.nan, 3])
 
 
+@pytest.mark.parametrize(
+    ("place", "part"),
+    [("s3://bucket/run", "can't be on S3, where Orbax writes no checkpoints"), ("", "is empty; give a")],
+)
+def test_where_no_run_can_be(place: str, part: str) -> None:
+    with pytest.raises(ConfigError, match=part):
+        bigmac_jax.train(bigmac_jax.load_config("tiny"), place)
+
+
 def test_a_plan_is_that_of_the_command() -> None:
     config = bigmac_jax.load_config("tiny")
     asked = bigmac_jax.plan(config, topology="h100:1x8")

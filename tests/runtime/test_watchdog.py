@@ -491,6 +491,8 @@ def test_when_the_process_started_by_hand(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(pathlib.Path, "read_text", lambda path: files[str(path)])
     monkeypatch.setattr(time, "monotonic", lambda: 1000.0)
     assert process_start() == 1000 - 30.5
+    files["/proc/uptime"] = "20.5 700\n"  # of a container that began later than this process' machine
+    assert process_start() == 1000
     for text in ("7 (a) S 3", f"7 (a) S {' '.join(['x'] * 30)}"):
         files["/proc/self/stat"] = text
         assert process_start() == 1000
