@@ -285,7 +285,7 @@ class _Run:
 
     def _kept(self) -> str:
         kept = self.checkpoints.latest()
-        return f"the checkpoint of step {kept} is kept" if kept else "no checkpoint had been written"
+        return f"the checkpoint of step {kept} is kept" if kept is not None else "no checkpoint had been written"
 
     def _evaluate(self, step: int, state: TrainState) -> Score:
         length, rows = self.config.data.sequence_length, evaluation_rows(self.config)

@@ -65,7 +65,8 @@ class Checkpoints:
 
     def __init__(self, workdir: pathlib.Path, keep: int | None = None):
         self._folder = CheckpointFolder(workdir)
-        self._keep, self._saving = keep, 0
+        self._keep = keep
+        self._saving: int | None = None  # the step of the save in progress
         self._shape = (0, 0)  # layers with experts, and experts
         self._stripped = set[int]()  # saves of which the experts alone are left
         if keep is not None:
@@ -162,10 +163,10 @@ class Checkpoints:
         except Exception as error:
             self._failed(error)
             return False
-        if self._saving and not storage.is_store(self._folder.path):
+        if self._saving is not None and not storage.is_store(self._folder.path):
             with contextlib.suppress(OSError):  # of NFS, where one is still read; the next time takes it
                 self._folder.remove_unfinished()  # and the older ones that Orbax has set apart
-        self._saving = 0
+        self._saving = None
         return True
 
     def _failed(self, error: Exception) -> None:
@@ -201,7 +202,8 @@ class Checkpoints:
             try:
                 state, position = self.restore(step, abstract, train)
             except DamagedError as error:
-                hosts.run_on_first(functools.partial(self._folder.set_aside, error.step or step, str(error)))
+                damaged = step if error.step is None else error.step
+                hosts.run_on_first(functools.partial(self._folder.set_aside, damaged, str(error)))
             else:
                 self._give_up_behind(step)
                 return step, state, position

@@ -290,6 +290,15 @@ def test_a_run_without_its_workdir_writes_nothing_more(call: str, tmp_path: path
     assert closed == [True] and not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("newest", [None, 0, 3])
+def test_the_checkpoint_that_is_kept_may_be_that_of_step_0(newest: int | None) -> None:
+    """That of a model that was converted or imported."""
+    run = object.__new__(_Run)
+    run.checkpoints = types.SimpleNamespace(latest=lambda: newest)
+    kept = "no checkpoint had been written" if newest is None else f"the checkpoint of step {newest} is kept"
+    assert run._kept() == kept
+
+
 @pytest.mark.full
 def test_a_run_whose_workdir_is_moved_ends(
     copied: Any, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch

@@ -17,6 +17,7 @@ from bigmac_jax.config import Config, ConfigError
 from bigmac_jax.model.mesh import make_mesh
 from bigmac_jax.model.transformer import Transformer
 from bigmac_jax.training.checkpoint import Checkpoints
+from bigmac_jax.training.checkpoint_arrays import DamagedError
 from bigmac_jax.training.step import TrainState
 from bigmac_jax.training.workdir import read_config
 from bigmac_jax.tuning import restore
@@ -173,6 +174,29 @@ def test_without_an_evaluation_the_best_is_the_latest(tmp_path: pathlib.Path) ->
     checkpoints = Checkpoints(tmp_path)
     assert checkpoints.resolve("best") == 2 and checkpoints.best_loss() == float("inf")
     checkpoints.close()
+
+
+def test_step_0_is_a_save_as_others_are(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """That of a model that came from elsewhere: it is tidied behind, and set aside where it is the damaged one."""
+    checkpoints, tidied = Checkpoints(tmp_path, keep=2), list[bool]()
+    for step in (0, 1):
+        checkpoints.save(trivial(step), {"batches": step}, Config(), step, None)
+        with monkeypatch.context() as patched:
+            patched.setattr(checkpoints._folder, "remove_unfinished", lambda: tidied.append(True))
+            checkpoints.wait()
+            checkpoints.wait()  # of nothing
+    assert len(tidied) == 2
+    answers = iter([DamagedError("it has no experts", 0), (trivial(1), {"batches": 1})])
+
+    def restore(*_: Any) -> Any:  # of some experts, which takes others from the save of step 0
+        if isinstance(answer := next(answers), DamagedError):
+            raise answer
+        return answer
+
+    monkeypatch.setattr(checkpoints, "restore", restore)
+    assert checkpoints.restore_newest(trivial(0))[0] == 1
+    checkpoints.close()
+    assert [path.name for path in (tmp_path / "checkpoints-damaged").iterdir()] == ["0"]
 
 
 def test_no_checkpoint(tmp_path: pathlib.Path) -> None:
