@@ -13,7 +13,7 @@ import numpy as np
 
 from bigmac_jax.config import Config, ConfigError, DataConfig
 from bigmac_jax.config.mixture import short_name
-from bigmac_jax.data.corpus import configs_by_source, has_splits
+from bigmac_jax.data.corpus import MIXTURE, configs_by_source, has_splits
 from bigmac_jax.data.pipeline import open_stream
 from bigmac_jax.data.tokenizer import Tokenizer
 from bigmac_jax.evaluation.perplexity import Evaluation
@@ -28,42 +28,51 @@ def open_sources(
 
     Args:
       names: sources of the run's mixture, `all` of them, or data sets, which are read at `split`; or files and
-        folders, which are read whole.
+        folders, which are read whole. A data set that the run reads is cut as it was for the run.
 
     Raises:
-      ConfigError: an unknown name, what `open_stream` raises, or the mixture's text has changed since training.
+      ConfigError: an unknown name, what `open_stream` raises, or the run's own text has changed since training.
     """
     config = use_saved_template(workdir, config)
-    data, mixed = config.data, _mixture_sources(config)
-    if "all" in names and not mixed:
+    data, own = config.data, _own_sources(config.data)
+    if "all" in names and not data.mixture:
         raise ConfigError("--sources=all is of a run with data.mixture, which this is not; name sources")
     if has_own_sources(config, names):
-        if own := getattr(data, f"{split}_source", ""):
-            raise ConfigError(f"data.{split}_source={own} is the {split} text of all sources; leave --sources out")
+        if text := getattr(data, f"{split}_source", ""):
+            raise ConfigError(f"data.{split}_source={text} is the {split} text of all sources; leave --sources out")
         check_split(workdir, config, split)
-    wanted = dict.fromkeys(n for entry in names for n in (mixed if entry == "all" else [entry]))
+    wanted = dict.fromkeys(_own_name(n, own) for entry in names for n in (own if entry == "all" else [entry]))
     streams: dict[str, Any] = {}
     for name in wanted:
-        if name in mixed:
-            label, setting, part, part_split = name, "data.mixture", mixed[name], split
+        short = short_name(name)
+        label = name if (data.mixture and name in own) or short in {*wanted, *streams} else short
+        if name in own:
+            setting, part, part_split = MIXTURE if data.mixture else "data.source", own[name], split
         else:
-            short, setting = short_name(name), "--sources"
-            label = name if short in {*wanted, *streams} else short
-            own, part_split = ("", split) if has_splits(name) else ("-", "train")  # nothing is held out of a file
-            part = dataclasses.replace(
-                data, source=name, mixture="", curriculum="", validation_source=own, test_source=own
-            )
+            held, part_split = ("", split) if has_splits(name) else ("-", "train")  # nothing is held out of a file
+            alone = {"mixture": "", "curriculum": "", "validation_source": held, "test_source": held}
+            setting, part = "--sources", dataclasses.replace(data, source=name, **alone)
         streams[label] = open_stream(dataclasses.replace(config, data=part), part_split, tokenizer, setting=setting)
     return streams
 
 
 def has_own_sources(config: Config, names: Sequence[str]) -> bool:
-    """Whether some of the names are sources of the run's own mixture."""
-    return "all" in names or not _mixture_sources(config).keys().isdisjoint(names)
+    """Whether some of the names are sources of the run's own mixture, or the data set that it reads."""
+    own = _own_sources(config.data)
+    return "all" in names or any(_own_name(name, own) in own for name in names)
 
 
-def _mixture_sources(config: Config) -> dict[str, DataConfig]:
-    return {name: part for name, part in configs_by_source(config.data, "train").items() if name}
+def _own_sources(data: DataConfig) -> dict[str, DataConfig]:
+    """The sources of a run's mixture by short name, or the one data set that it reads, by its whole name."""
+    parts = configs_by_source(data, "train")
+    return {name or part.source: part for name, part in parts.items() if name or has_splits(part.source)}
+
+
+def _own_name(name: str, own: dict[str, DataConfig]) -> str:
+    """The name in `own` of a source, if it is there; a data set goes by its whole name, too. A file's path means all of
+    its text, the run's or not."""
+    whole = {part.source: known for known, part in own.items() if has_splits(part.source)}
+    return name if name in own else whole.get(name, name)
 
 
 def measure_spread(load_YE: np.ndarray) -> tuple[float, float]:

@@ -139,6 +139,41 @@ def test_a_mixture_whose_text_has_changed(tmp_path: pathlib.Path) -> None:
     assert open_sources(tmp_path / "run", config, [f"{tmp_path}/c.txt"], "test", ByteTokenizer()).keys() == {"c"}
 
 
+def test_a_data_set_of_the_run_is_cut_as_it_was_for_the_run(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing that it was trained on is scored, by whatever name; where the split has a text of its own, it is refused.
+    Another data set is cut by itself."""
+    files: dict[str, dict[pathlib.Path, int]] = {}
+    for name in ("a", "b"):
+        path = tmp_path / f"{name}.jsonl"
+        path.write_text("".join(json.dumps({"text": f"{name} {i} " + "word " * 40}) + "\n" for i in range(60)))
+        files |= {name: {path: path.stat().st_size}}
+    monkeypatch.setattr("bigmac_jax.data.hub._load_files", lambda rest, name: {"train": files[rest]})
+    (tmp_path / "held.txt").write_text("held out by the user")
+    single = {"source": "hf:a", "validation_source": f"{tmp_path}/held.txt"}
+    mixed = single | {"source": "sotu", "mixture": f"hf:a=1,{tmp_path}/b.jsonl=1"}
+    for own in (single, mixed):
+        data = dataclasses.replace(tiny(**CONFIG).data, tokenizer="bytes", **own)
+        config, workdir = Config(data=data, cache_dir=str(tmp_path / "cache")), tmp_path / f"run{bool(data.mixture)}"
+        known = {"train": open_documents(data, "train", config.cache_dir).fingerprint}
+        write_run(workdir, config, known, {"data": 1}, ByteTokenizer())
+        alone = dataclasses.replace(data, mixture="", source="hf:a")
+        found = open_sources(workdir, config, ["hf:a"], "test", ByteTokenizer())
+        expected = {"a": open_documents(alone, "test", config.cache_dir).fingerprint}
+        assert {name: stream.text for name, stream in found.items()} == expected
+        with pytest.raises(ConfigError, match=r"^data\.validation_source=.* is the validation text of all sources"):
+            open_sources(workdir, config, ["hf:a"], "validation", ByteTokenizer())
+        assert open_sources(workdir, config, ["hf:b"], "validation", ByteTokenizer())["b"].counts.documents == 3
+    both = dataclasses.replace(config, data=dataclasses.replace(data, mixture="hf:a=1,hf:b=1", validation_source=""))
+    write_run(tmp_path / "both", both, {}, {"data": 1}, ByteTokenizer())
+    found = open_sources(tmp_path / "both", both, ["hf:b", "a", "hf:a"], "test", ByteTokenizer())
+    assert list(found) == ["b", "a"]
+    write_run(tmp_path / "changed", both, {"train": "of another text"}, {"data": 1}, ByteTokenizer())
+    with pytest.raises(ConfigError, match="holds other data than"):
+        open_sources(tmp_path / "changed", both, ["hf:b"], "test", ByteTokenizer())
+
+
 def test_sources_of_a_tuned_run(tmp_path: pathlib.Path) -> None:
     """They are written with the template that the run was tuned with, whatever its file says now."""
     given, row = tmp_path / "given.jinja", [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes"}]
