@@ -231,11 +231,20 @@ class ModelConfig(Section):
         return {"dense": 0, "vanilla": 1}.get(self.structure, self.top_k)
 
     @property
+    def paper_width(self) -> int:
+        """Hidden width of an expert in the paper (of the MLP for `dense`)."""
+        return {"fine_grained": self.latent_size, "bigmac": self.hidden_size}.get(self.structure, 4 * self.hidden_size)
+
+    @property
     def expert_width(self) -> int:
         """Hidden width of an expert (of the MLP for `dense`)."""
-        if self.expert_hidden_size:
-            return self.expert_hidden_size
-        return {"fine_grained": self.latent_size, "bigmac": self.hidden_size}.get(self.structure, 4 * self.hidden_size)
+        return self.expert_hidden_size or self.paper_width
+
+    @property
+    def has_latent_size(self) -> bool:
+        """True if something is r·h wide: nothing is where fine_grained's experts have widths of their own."""
+        shared = self.num_shared_experts > 0 and not self.shared_expert_hidden_size
+        return self.is_moe and (self.structure != "fine_grained" or not self.expert_hidden_size or shared)
 
     @property
     def has_router_bias(self) -> bool:
@@ -311,9 +320,10 @@ class ModelConfig(Section):
 
     def _check_experts(self) -> None:
         h, r, experts, k = self.hidden_size, self.down_ratio, self.expert_count, self.choices
-        require(0 < r <= 1, f"model.down_ratio={r:g} must lie in (0, 1]; use 0.25")
+        read = self.has_latent_size
+        require(not read or 0 < r <= 1, f"model.down_ratio={r:g} must lie in (0, 1]; use 0.25")
         # A decimal spelling such as 0.333333 is not held against a width that it can only mean.
-        require(abs(r * h - round(r * h)) < 1e-3 and round(r * h) >= 1, f"model.down_ratio × model.hidden_size = {r:.8g} × {h} = {r * h:.8g} must be a whole number; use model.down_ratio={max(1, round(r * h)) / h:.8g}")  # fmt: skip
+        require(not read or (abs(r * h - round(r * h)) < 1e-3 and round(r * h) >= 1), f"model.down_ratio × model.hidden_size = {r:.8g} × {h} = {r * h:.8g} must be a whole number; use model.down_ratio={max(1, round(r * h)) / h:.8g}")  # fmt: skip
         if self.structure == "vanilla":
             share, whole = self.num_experts * r / 4, self.num_experts * self.latent_size % (4 * h) == 0
             require(whole and experts >= 2, f"structure=vanilla has model.num_experts × model.down_ratio / 4 = {self.num_experts} × {r:g} / 4 = {share:g} experts, which must be a whole number of at least 2; use model.num_experts={self.fitting_experts(1)}")  # fmt: skip

@@ -45,10 +45,7 @@ def _some_groups(config: Config) -> str:
 
 def _ratio(config: Config) -> str:
     """The latent's width, which is that of fine_grained's experts unless they have their own."""
-    model = config.model
-    shared = model.num_shared_experts and not model.shared_expert_hidden_size
-    own = model.structure == "fine_grained" and model.expert_hidden_size and not shared
-    return _shown(config, "model.expert_hidden_size") if own else ""
+    return "" if config.model.has_latent_size else _shown(config, "model.expert_hidden_size")
 
 
 def _attention(config: Config) -> str:
@@ -261,11 +258,10 @@ def _width_notes(config: Config, given: Collection[str]) -> list[str]:
     model, width = config.model, "model.expert_hidden_size"
     if not model.expert_hidden_size or "model.structure" not in given or width in given:
         return []
-    paper = dataclasses.replace(model, expert_hidden_size=0).expert_width
     return [
         f"model.structure={model.structure} keeps the config's {width}={model.expert_hidden_size}, which gives another "
-        f"structure another size; 0 takes the paper's width ({paper}), and bigmac plan of the config as it is shows "
-        f"the width of equal size"
+        f"structure another size; 0 takes the paper's width ({model.paper_width}), and bigmac plan of the config as it "
+        f"is shows the width of equal size"
     ]
 
 

@@ -224,6 +224,7 @@ def test_invalid(config_file: pathlib.Path, overrides: str, parts: tuple[str, ..
 TUNED = "train.init_from=x tuning.lora_rank=1"
 DPO = "tuning.objective=dpo train.init_from=x data.source=a.jsonl data.validation_source=a.jsonl"
 GROWS = "train.choices_from=2 train.choices_steps=9"
+OWN = "model.structure=fine_grained model.down_ratio=0.3 model.num_shared_experts=1 model.shared_expert_hidden_size=5"
 ALONE = "tuning.train_router=false"
 LIMITS = [  # overrides, a field with the last value that they allow, and the first that they don't; what is said of it
     ("model.num_layers=2", f"model.blocks={'*E' * 256}", f"model.blocks={'*E' * 256}*", "513 branches"),
@@ -242,6 +243,9 @@ LIMITS = [  # overrides, a field with the last value that they allow, and the fi
     ("", "model.down_ratio=1", "model.down_ratio=1.00390625", "must lie in (0, 1]"),
     ("", "model.down_ratio=0.00390625", "model.down_ratio=0.000001", "must be a whole number"),
     ("", "model.down_ratio=0.2500035", "model.down_ratio=0.2500042", "must be a whole number"),
+    (OWN, "model.expert_hidden_size=9", "model.expert_hidden_size=0", "must be a whole number"),
+    (f"{OWN} model.expert_hidden_size=9", "model.down_ratio=0.3", "model.shared_expert_hidden_size=0", "whole number"),
+    (OWN.replace("0.3", "0"), "model.expert_hidden_size=9", "model.expert_hidden_size=0", "must lie in (0, 1]"),
     ("model.structure=vanilla", "model.num_experts=32", "model.num_experts=16", "at least 2"),
     ("", "model.top_k=32", "model.top_k=33", "at most model.num_experts=32"),
     ("model.num_expert_groups=4", "model.top_groups=4", "model.top_groups=5", "at most model.num_expert_groups=4"),

@@ -317,6 +317,8 @@ def test_a_width_that_another_structure_keeps_is_told() -> None:
     (line,) = notes(config, ["model.structure"])
     width = config.model.hidden_size // 4
     assert "keeps the config's model.expert_hidden_size=9" in line and f"0 takes the paper's width ({width})" in line
+    odd = with_overrides(config, ["model.hidden_size=90", "model.num_heads=5"])  # of which a quarter is no width
+    assert "the paper's width (22)" in notes(odd, ["model.structure"])[0]
     for given in ([], ["model.structure", "model.expert_hidden_size"], ["model.expert_hidden_size"]):
         assert notes(config, given) == []
     assert notes(with_overrides(config, ["model.expert_hidden_size=0"]), ["model.structure"]) == []

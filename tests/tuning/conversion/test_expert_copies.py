@@ -140,6 +140,12 @@ def test_gates_of_copies_sum_to_the_old_one(scores: str, renormalize: bool, scal
     assert (m.num_experts, m.top_k, m.router_scale, m.expert_hidden_size) == (32, 12, scale, config.model.expert_width)
 
 
+def test_the_width_of_an_upcycled_model_may_be_any() -> None:
+    """Nothing in it is a quarter as wide."""
+    m = expert_copies.upcycled(tiny(structure="dense", hidden_size=18, num_heads=3), 8, 2).model
+    assert (m.structure, m.hidden_size, m.expert_width) == ("fine_grained", 18, 72)
+
+
 def test_an_upcycled_model_is_as_dense_as_it_was() -> None:
     """What a dense model does not read is set so that its copies compute what it does."""
     unread = {"router_renormalize": False, "router_scale": 2.0, "num_shared_experts": 2, "capacity_factor": 1.25,
