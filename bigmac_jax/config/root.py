@@ -184,7 +184,6 @@ class Config(Section):
             require(rank <= smallest, f"tuning.lora_rank={rank} must be at most {smallest}, the smallest width of the model; use fewer, or train the model itself (0)")  # fmt: skip
         if tuning.objective == "dpo":
             require(begins, "tuning.objective=dpo compares with the model that it begins with; give train.init_from")
-            require(self.dropless, f"model.capacity_factor={model.capacity_factor:g} drops other choices of an answer in training than of its reference, and a sampler drops none; use capacity_factor=inf with tuning.objective=dpo")  # fmt: skip
             require(model.balance_step == "next", "model.balance_step=same sends an answer to other experts in training than its reference does; use balance_step=next with tuning.objective=dpo")  # fmt: skip
 
     def _check_choices(self) -> None:
@@ -234,7 +233,7 @@ class Config(Section):
 
 def check_batch(config: Config, data: int, taken: str = "") -> None:
     """Checks what training needs and evaluation doesn't: that a step's batch divides over `data` ranks of the data axis,
-    and that the exchange can do what model.overflow says.
+    that the exchange can do what model.overflow says, and that none drops what DPO compares.
 
     Args:
       taken: says how `data` was found, if the config does not have it.
@@ -245,6 +244,8 @@ def check_batch(config: Config, data: int, taken: str = "") -> None:
     model, exchange = config.model, config.execution.exchange
     moves = model.is_moe and model.overflow == "next"
     require(not moves or exchange in EXCHANGES_BY_EXPERT, f"model.overflow=next needs an exchange that counts room by expert ({', '.join(EXCHANGES_BY_EXPERT)}), not execution.exchange={exchange}; use exchange=all_to_all, or overflow=drop")  # fmt: skip
+    dpo = config.tuning.objective == "dpo"
+    require(not dpo or config.dropless, f"model.capacity_factor={model.capacity_factor:g} drops other choices of an answer in training than of its reference, and a sampler drops none; use capacity_factor=inf with tuning.objective=dpo")  # fmt: skip
     batch_size, mesh, chunks = config.data.batch_size, config.mesh, config.execution.overlap_chunks
     shards = mesh.replica * data * mesh.expert_ranks * config.train.accumulate_steps
     fix, replica = ", or set mesh.data" if taken else "", "mesh.replica × " if mesh.replica > 1 else ""

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from model.tools import PAPER, PRESENT, abstract_model, on_mesh, random_model, split_batch, split_tokens, tiny
 
-from bigmac_jax.config import Config
+from bigmac_jax.config import Config, ConfigError, TrainConfig, TuningConfig, check_batch, with_mesh
 from bigmac_jax.inference.kv_cache import Cache, Decoder, advance, compute_last_logits, make_cache, make_decoder
 from bigmac_jax.inference.layer_loop import Loop
 from bigmac_jax.model.attention import Rows
@@ -208,3 +208,17 @@ def test_layers_stand_apart_where_no_loop_goes_through_them(unroll: int, groups:
     with on_mesh(config):
         decoder = jax.eval_shape(lambda: make_decoder(config, init_model(config, jax.random.key(0))))
     assert len(decoder.groups) == groups
+
+
+def test_a_decoder_has_the_rules_of_no_training() -> None:
+    """What a run could train with on its exchange and mesh is read, and decoded, with others: nothing is dropped."""
+    config = tiny((1, 1, 1), capacity_factor=1.25, exchange="dedup")
+    train, tuning = TrainConfig(init_from="x"), TuningConfig(objective="dpo")
+    config = dataclasses.replace(config, train=train, tuning=tuning)
+    check_batch(config, 1)
+    elsewhere = with_mesh(config, ["mesh.expert=2"])
+    with pytest.raises(ConfigError, match="use capacity_factor=inf with tuning.objective=dpo$"):
+        check_batch(elsewhere, 1)
+    with on_mesh(config):
+        decoder = jax.eval_shape(lambda: make_decoder(config, init_model(config, jax.random.key(0))))
+    assert decoder.config.execution.exchange == "auto"
