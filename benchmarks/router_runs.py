@@ -85,7 +85,7 @@ def score(workdir: pathlib.Path) -> dict[str, Any]:
         _, model = tuning.restore(workdir, "latest", config)
         config = dataclasses.replace(config, train=TrainConfig())  # whose choices may begin with those of half
         for end, choices in (("", CHOICES), ("_of_half", CHOICES // 2)):
-            scored = rebuild_model(with_model(config, top_k=choices), model, {})
+            scored = rebuild_model(with_model(config, {}, top_k=choices), model, {})
             told = evaluate(scored, stream, config.data.sequence_length, evaluation_rows(config))
             loads = told.load_YE * EXPERTS
             found |= {f"loss{end}": round(told.score.loss, 5), f"max_load{end}": round(float(loads.max(1).mean()), 4)}

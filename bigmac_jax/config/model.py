@@ -334,7 +334,8 @@ class ModelConfig(Section):
             best <= groups, f"model.top_groups={best} must be at most model.num_expert_groups={groups}; use {groups}"
         )
         require(k <= best * (experts // groups), f"model.top_k={k} must be at most the {best * (experts // groups)} experts of model.top_groups={best} groups; use top_groups={-(-k // (experts // groups))}")  # fmt: skip
-        require(self.balance != "quantile" or (groups == best and k < experts), f"model.balance=quantile needs a free choice of fewer experts than there are, not model.top_k={k} of {experts} in top_groups={best} of {groups} groups; use balance=bias")  # fmt: skip
+        fewer = f", or model.top_k={experts - 1}" if groups == best and experts > 1 else ""
+        require(self.balance != "quantile" or (groups == best and k < experts), f"model.balance=quantile needs a free choice of fewer experts than there are, not model.top_k={k} of {experts} in top_groups={best} of {groups} groups; use balance=bias{fewer}")  # fmt: skip
         require(self.balance == "quantile" or self.balance_step == "next", f"model.balance_step={self.balance_step} is for balance=quantile, not {self.balance}; use balance=quantile, or balance_step=next")  # fmt: skip
         require(self.capacity_factor > 0, f"model.capacity_factor={self.capacity_factor:g} must be above 0; use inf for no limit (dropless)")  # fmt: skip
         require(self.overflow == "drop" or math.isfinite(self.capacity_factor), f"model.overflow={self.overflow} moves choices that find their expert full, and with model.capacity_factor=inf none is; use overflow=drop, or a finite capacity_factor")  # fmt: skip

@@ -25,6 +25,7 @@ CASES = [
     {"model.structure": "vanilla", "mesh.expert": 2, "model.down_ratio": 0.375},
     {"model.mtp_modules": 1, "data.sequence_length": 1},
     {"model.num_expert_groups": 8, "model.top_groups": 1, "model.top_k": 9},
+    {"model.balance": "quantile", "model.top_k": 32},
 ]
 
 

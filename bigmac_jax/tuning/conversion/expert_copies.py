@@ -38,7 +38,8 @@ def upcycled(config: Config, experts: int, top_k: int) -> Config:
             f"model.blocks={m.blocks} can't be upcycled, only attention and MLPs in turn (an empty pattern)"
         )
     return with_model(
-        config, structure="fine_grained", num_experts=experts, top_k=top_k, expert_hidden_size=m.expert_width,
+        config, {"num_experts": "--experts", "top_k": "--top_k"},
+        structure="fine_grained", num_experts=experts, top_k=top_k, expert_hidden_size=m.expert_width,
         router_renormalize=True, router_scale=1.0, num_shared_experts=0, capacity_factor=math.inf, overflow="drop",
         latent_norm="none", first_dense_layers=0, num_expert_groups=1, top_groups=1,
     )  # fmt: skip
@@ -82,7 +83,8 @@ def widened(config: Config, copies: int) -> Config:
     # A softmax over c copies divides by c itself, and so does the sum of the chosen gates.
     divides = m.router_scores == "softmax" or m.router_renormalize
     return with_model(
-        config, num_experts=copies * m.num_experts, top_k=copies * m.top_k, expert_hidden_size=m.expert_width,
+        config, {"num_experts": "--copies × model.num_experts"},
+        num_experts=copies * m.num_experts, top_k=copies * m.top_k, expert_hidden_size=m.expert_width,
         router_scale=m.router_scale if divides else m.router_scale / copies,
     )  # fmt: skip
 

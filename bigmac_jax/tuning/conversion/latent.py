@@ -70,10 +70,9 @@ def narrowed(config: Config, ratio: float, latent_norm: str) -> Config:
             f"model.structure={m.structure} model.latent_norm={m.latent_norm} can't be given a narrow exchange, only "
             f"structure=fine_grained with latent_norm=none; train such a model"
         )
-    if not 0 < ratio <= 1 or round(ratio * m.hidden_size) < 1:
-        raise ConfigError(f"--ratio={ratio} must be above 0 and at most 1, as 0.25")
     return with_model(
         config,
+        {"down_ratio": "--ratio", "latent_norm": "--latent_norm"},
         structure="bigmac",
         down_ratio=ratio,
         latent_norm=latent_norm,

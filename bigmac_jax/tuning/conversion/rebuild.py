@@ -8,7 +8,7 @@ import jax
 import numpy as np
 from jax import Array
 
-from bigmac_jax.config import Config
+from bigmac_jax.config import Config, ConfigError
 from bigmac_jax.model.parameters import leaf_name, named_leaves
 from bigmac_jax.model.transformer import Transformer, init_model
 
@@ -29,6 +29,19 @@ def rebuild_model(config: Config, source: Transformer, given: Mapping[str, np.nd
     return jax.tree_util.tree_map_with_path(value, init_model(config, jax.random.key(config.train.seed)))
 
 
-def with_model(config: Config, **fields: Any) -> Config:
-    """The config with other fields of the model; raises ConfigError where they don't fit."""
-    return dataclasses.replace(config, model=dataclasses.replace(config.model, **fields))
+def with_model(config: Config, flags: Mapping[str, str], **fields: Any) -> Config:
+    """The config with other fields of the model.
+
+    Args:
+      flags: of `bigmac convert`, by the fields that they give: a refusal names them.
+
+    Raises:
+      ConfigError: the fields don't fit.
+    """
+    try:
+        return dataclasses.replace(config, model=dataclasses.replace(config.model, **fields))
+    except ConfigError as error:
+        line = str(error)
+        for name, flag in flags.items():
+            line = line.replace(f"model.{name}", flag)
+        raise ConfigError(line) from None

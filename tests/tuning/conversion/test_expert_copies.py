@@ -81,14 +81,18 @@ def test_noise_makes_copies_differ() -> None:
     [
         ({}, lambda *of: upcycle(*of, 8, 2), "structure=bigmac can't be upcycled"),
         ({"structure": "dense"}, lambda *of: upcycle(*of, 8, 1), "--top_k=1"),
-        ({"structure": "dense"}, lambda *of: upcycle(*of, 2, 3), "top_k=3"),
+        ({"structure": "dense"}, lambda *of: upcycle(*of, 2, 3), "^--top_k=3 must be at most --experts=2; use 2$"),
+        ({"structure": "dense", "mesh": (1, 1, 4)}, lambda *of: upcycle(*of, 6, 2),
+         "^--experts=6 must be a multiple of .*; use --experts=8, or 2 ranks$"),
+        ({"structure": "dense", "balance": "quantile"}, lambda *of: upcycle(*of, 8, 8), "or --top_k=7$"),
         ({"structure": "dense"}, lambda *of: widen(*of, 2), "structure=dense can't be widened"),
         ({"num_expert_groups": 2, "top_groups": 1}, lambda *of: widen(*of, 2), "num_expert_groups=2"),
         ({"top_k": 1}, lambda *of: widen(*of, 2), "top_k=1"),
         ({}, lambda *of: widen(*of, 1), "--copies=1"),
+        ({}, lambda *of: widen(*of, 2**40), "^--copies × model.num_experts=.* must be at most"),
         ({"router": "hyper"}, lambda *of: widen(*of, 2), "router=hyper can't be widened"),
     ],
-)
+)  # fmt: skip
 def test_refusals(fields: dict[str, Any], change: Any, match: str) -> None:
     with pytest.raises(ConfigError, match=match):
         change(tiny(**fields), None)

@@ -134,13 +134,19 @@ def test_an_expert_without_tokens_keeps_the_layers_solution() -> None:
     [
         ({}, 0.5, "structure=bigmac"),
         (FINE | {"latent_norm": "post_combine"}, 0.5, "latent_norm=post_combine"),
-        (FINE, 1.5, "--ratio=1.5"),
-        (FINE, 0.01, "--ratio=0.01"),
+        (FINE, 1.5, "^--ratio=1.5 must lie in"),
+        (FINE, 0.01, r"^--ratio × model.hidden_size = 0.01 × 16 = 0.16 must be a whole number; use --ratio=0\.0625$"),
+        (FINE, 0.3, r"use --ratio=0\.3125$"),
     ],
 )
 def test_refusals(fields: dict[str, Any], ratio: float, match: str) -> None:
     with pytest.raises(ConfigError, match=match):
         narrow(tiny(**fields), None, [], ratio)  # type: ignore[arg-type]
+
+
+def test_a_norm_that_is_none_is_refused_as_the_flag() -> None:
+    with pytest.raises(ConfigError, match=r"^--latent_norm='skipp' must be one of .*; did you mean skip\?"):
+        latent.narrowed(tiny(**FINE), 0.5, "skipp")
 
 
 def test_the_algebra_by_hand() -> None:
