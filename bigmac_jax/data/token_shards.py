@@ -5,8 +5,10 @@
     UNIT.json         the records of a finished unit's shards
     index.json        all of them, once all units are finished
 
-A unit is what one process reads at a time (`Documents.units`); it and its shards depend on the source alone. Whoever
-works on one holds its lock, which a killed process lets go. A file under its final name is complete.
+A unit is what one process reads at a time (`Documents.units`); it and its shards depend on the source alone, and on
+where that lies: a store's tables are not cut. So a shard's record names the slices of its unit, and a start that cuts
+the source otherwise takes none of it. Whoever works on a unit holds its lock, which a killed process lets go. A file
+under its final name is complete.
 """
 
 import contextlib
@@ -21,10 +23,10 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from bigmac_jax.config import parse_object, seal, unseal
+from bigmac_jax.config import ConfigError, parse_object, seal, unseal
 from bigmac_jax.data.documents import Documents, ReadCounts
 from bigmac_jax.data.encoding import Counts, WordCounter, encode_pieces
-from bigmac_jax.data.files import explain_full_disk, file_digest, lock_path, remove
+from bigmac_jax.data.files import explain_full_disk, file_digest, json_digest, lock_path, remove
 from bigmac_jax.data.tokenizer import Tokenizer
 from bigmac_jax.runtime import leases, storage
 from bigmac_jax.runtime.clock import clock
@@ -56,8 +58,11 @@ class ShardStore:
         return None
 
     def finished(self, unit: int) -> Record | None:
-        """Reads the record of a finished unit: its `shards`, and what was `seen`; None if it is not finished."""
-        return _read_record(self.kept / f"{unit:05}.json")
+        """Reads the record of a finished unit: its `shards`, and what was `seen`; None if it is not finished, or if it
+        was cut otherwise."""
+        found, slices = _read_record(self.kept / f"{unit:05}.json"), self._slices(unit)
+        # Earlier versions have not written the slices.
+        return found if found and found["shards"][0].get("slices", slices) == slices else None
 
     def forget(self, names: list[str]) -> None:
         """Has the units of damaged shards on this disk made again."""
@@ -90,8 +95,15 @@ class ShardStore:
         parts = self.docs.units[unit]
         return sum(part.size for part in parts) if parts else self.docs.size
 
+    def _slices(self, unit: int) -> str:
+        """Digest of what a unit is made of."""
+        return json_digest([part[:3] for part in self.docs.units[unit]])
+
     def _make(self, unit: int, report: Callable[[int, int], None]) -> None:
         """Makes a unit's shards, behind those that a killed process has left."""
+        path, slices = self.kept / f"{unit:05}.json", self._slices(unit)
+        if _read_record(path) is not None:  # of a unit that was cut otherwise, whose shards are replaced now
+            path.unlink()
         records = list(self._read_finished_shards(unit))
         seen, words, pieces = ReadCounts(), WordCounter(), records[-1]["pieces"] if records else 0
         parts = self.docs.pieces(self.docs.units[unit], seen)
@@ -113,7 +125,7 @@ class ShardStore:
                     if counts.tokens >= SHARD:
                         more = True
                         break
-            ends = {"pieces": pieces, "last": not more}
+            ends = {"pieces": pieces, "last": not more, "slices": slices}
             records.append({"name": name, **asdict(counts), **ends, "digest": file_digest(shard)})
             _write_record(self.folder / f"{name}.json", records[-1])
             first = first[:0]
@@ -123,23 +135,33 @@ class ShardStore:
         if storage.is_store(self.kept):
             for record in records:
                 storage.send_file(self.folder / f"{record['name']}.bin", self.kept / f"{record['name']}.bin")
-        _write_record(self.kept / f"{unit:05}.json", {"shards": records, "seen": asdict(seen)})
+        _write_record(path, {"shards": records, "seen": asdict(seen)})
 
     def _read_finished_shards(self, unit: int) -> Iterator[Record]:
         """Yields the records of a unit's first shards, as far as they are intact."""
         for number in itertools.count():
             name = f"{unit:05}-{number:03}"
             record, file = _read_record(self.folder / f"{name}.json"), self.folder / f"{name}.bin"
-            if record is None or not file.is_file() or file_digest(file) != record.get("digest"):
+            if record is None or record.get("slices") != self._slices(unit):
+                return
+            if not file.is_file() or file_digest(file) != record.get("digest"):
                 return
             yield record
 
     def finish(self) -> Record:
-        """Writes the index once all units are finished; raises ConfigError if the corpus has no document."""
+        """Writes the index once all units are finished; raises ConfigError if one is not, or if the corpus has no
+        document."""
         with lock_path(self.kept / INDEX):
             if (found := self.index()) is not None:  # another process has written it
                 return found
-            units = [record for unit in range(len(self.docs.units)) if (record := self.finished(unit))]
+            found_units = [self.finished(unit) for unit in range(len(self.docs.units))]
+            units = [record for record in found_units if record]
+            if missing := len(found_units) - len(units):
+                raise ConfigError(
+                    f"{missing} of {len(found_units)} units in {self.kept} are gone, or another process has made them "
+                    f"from a copy of the corpus that is cut otherwise; start again, with the corpus in one place for "
+                    f"all hosts"
+                )
             counts, seen = Counts(), ReadCounts()
             for unit in units:
                 seen.add(ReadCounts(**unit["seen"]))

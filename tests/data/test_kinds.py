@@ -245,6 +245,14 @@ def test_files_are_cut_into_slices_by_hand(monkeypatch):
     assert cut("parquet", 100, 30, 1) == [(3, 0, 1, 100)] and cut("parquet", 100, 30, 0) == [(3, 0, 0, 100)]
 
 
+def test_a_damaged_table_is_not_cut_by_a_guess(tmp_path):
+    """Which another host, that can read it, would not share."""
+    for content, message in ((b"PAR1 and no more", "is damaged or cut off"), (b"%PDF-1.7", "seems to be PDF")):
+        (tmp_path / "a.parquet").write_bytes(content)
+        with pytest.raises(ConfigError, match=rf"^{tmp_path}/a\.parquet {message}"):
+            readers.cut_slices(0, tmp_path / "a.parquet", kinds.Kind("parquet"), 16, 8)
+
+
 @pytest.mark.parametrize("name", ["a.parquet", "a.arrow", "stream.arrow", "a.jsonl"])
 def test_a_slice_has_its_rows_and_their_numbers(name, tmp_path):
     """Of groups of 13 and batches of 17, the third; lines from the byte behind the thirtieth."""

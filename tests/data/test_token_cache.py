@@ -1,5 +1,6 @@
 """The token stream on disk: convention, counts, and what happens to it when processes die or meet."""
 
+import contextlib
 import json
 import os
 import pathlib
@@ -13,12 +14,14 @@ import time
 import types
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import tiny_dataset  # noqa: F401  registers the datasets
 from conftest import SAMPLE
 
 from bigmac_jax.config import ConfigError
-from bigmac_jax.data import encoding, files, local_files, token_cache, token_shards
+from bigmac_jax.data import arrow_tables, encoding, files, local_files, readers, token_cache, token_shards
 from bigmac_jax.data.corpus import join_fingerprints
 from bigmac_jax.data.encoding import Counts, encode_stream
 from bigmac_jax.data.pipeline import open_stream, text_stream
@@ -214,6 +217,79 @@ def test_killed_before_each_write(tmp_path, make_config, monkeypatch):
         steps, last = 0, 0
         open_stream(config, "train", ByteTokenizer())
         assert files_of(config) == expected, cut
+
+
+@pytest.mark.parametrize("first", ["store", "disk"])
+def test_a_corpus_that_is_cut_otherwise_after_a_kill(make_config, tmp_path, monkeypatch, first):
+    """As when it is moved from a store, where no table is cut, or to one: nothing made of other slices is taken."""
+
+    class Killed(BaseException):
+        pass
+
+    monkeypatch.setattr(local_files, "UNIT", 1 << 12)
+    monkeypatch.setattr(token_shards, "SHARD", 1 << 11)
+    monkeypatch.setattr(encoding, "_BATCH", 1 << 10)
+    texts = [[f"{name}{i:02} " * 100 for i in range(24)] for name in "ab"]
+    (tmp_path / "tables").mkdir()
+    for name, column in zip("ab", texts, strict=True):
+        path = tmp_path / "tables" / f"{name}.parquet"
+        pq.write_table(pa.table({"text": column}), path, row_group_size=6, compression="none", use_dictionary=False)
+    expected = [EOS, *(i for column in texts for text in column for i in [*text.encode(), EOS])]
+    config = make_config(tmp_path / "tables", **NOTHING_HELD_OUT)
+
+    def read(place: str) -> tuple[int, list[int]]:
+        monkeypatch.setattr(readers.storage, "is_store", lambda path: place == "store" and path.suffix == ".parquet")
+        monkeypatch.setattr(arrow_tables.storage, "local_file", contextlib.nullcontext)
+        stream = open_stream(config, "train", ByteTokenizer())
+        return stream.counts.documents, stream.tokens(0, stream.num_tokens).tolist()
+
+    second, write = "disk" if first == "store" else "store", token_shards._write_record
+    for last in ("00000.json", "00001-000.json"):  # what the killed process wrote at last
+        shutil.rmtree(config.cache_dir, ignore_errors=True)
+
+        def killed(path: pathlib.Path, record: dict, last: str = last) -> None:
+            write(path, record)
+            if path.name == last:
+                raise Killed
+
+        monkeypatch.setattr(token_shards, "_write_record", killed)
+        with pytest.raises(Killed):
+            read(first)
+        monkeypatch.setattr(token_shards, "_write_record", write)
+        assert read(second) == (48, expected)
+    # A repair, of a cache that was finished before the move.
+    next(tmp_path.glob("cache/tokens/train-*/00001-000.bin")).write_bytes(b"damaged")
+    assert read(first) == (48, expected)
+
+
+def test_a_cache_of_an_earlier_version_is_read_and_mended(rows, make_config, tmp_path, monkeypatch):
+    """Whose records do not name their slices; of what is finished, the damaged unit alone is made again."""
+    monkeypatch.setattr(local_files, "UNIT", 20_000)
+    config, made = make_config(rows[0]), []
+    expected = open_stream(config, "train", ByteTokenizer()).tokens(0, 20_000)
+    folder = next(tmp_path.glob("cache/tokens/train-*"))
+    for path in folder.glob("0*.json"):
+        record = token_shards._read_record(path)
+        for shard in record["shards"]:
+            del shard["slices"]
+        token_shards._write_record(path, record)
+    make = token_shards.ShardStore._make
+    monkeypatch.setattr(
+        token_shards.ShardStore, "_make", lambda store, unit, *a: (made.append(unit), make(store, unit, *a))[1]
+    )
+    np.testing.assert_array_equal(open_stream(config, "train", ByteTokenizer()).tokens(0, 20_000), expected)
+    assert made == []
+    (folder / "00001-000.bin").unlink()
+    np.testing.assert_array_equal(open_stream(config, "train", ByteTokenizer()).tokens(0, 20_000), expected)
+    assert made == [1]
+
+
+def test_no_index_without_all_units(rows, make_config, tmp_path, monkeypatch):
+    monkeypatch.setattr(local_files, "UNIT", 20_000)
+    monkeypatch.setattr(token_cache, "make_shards", lambda store, processes: store.work([0, 2], lambda *a: None))
+    with pytest.raises(ConfigError, match=r"^10 of 12 units in .* are gone, or another process .*; start again"):
+        open_stream(make_config(rows[0]), "train", ByteTokenizer())
+    assert not list(tmp_path.glob("cache/tokens/train-*/index.json"))
 
 
 @pytest.mark.full
