@@ -112,6 +112,7 @@ def widen(config: Config, model: Transformer, copies: int, noise: float = 0.01) 
             continue
         value = np.repeat(np.asarray(leaf, np.float32), copies, axis=axis)
         if part == "router_DE" or ".w_" in part:
-            value += noise * np.sqrt(np.square(value).mean()) * draw(value.shape).astype(np.float32)
+            size = np.sqrt(np.square(value).mean((-2, -1), keepdims=True))  # of each layer's, and of each expert's
+            value += noise * size * draw(value.shape).astype(np.float32)
         given[name] = value / copies if softmax and part == "router_bias_E" else value
     return target, rebuild_model(target, model, given)
