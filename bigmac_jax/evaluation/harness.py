@@ -112,12 +112,21 @@ class BigMacLM(LM):
         return answers
 
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
-        """Completes each context up to a stop text; a context that is too long loses its beginning."""
+        """Completes each context up to a stop text; a context that is too long loses its beginning.
+
+        Raises:
+          ConfigError: a completion may fill the window, which leaves a context no token.
+        """
         generator = Generator(self.config, self.model, self.length, self.batch_size, self.tokenizer)
         prompts = []
         for context, options in (request.args for request in requests):
             options = {"temperature": 0.0, "top_k": 0, "top_p": 1.0} | normalize_gen_kwargs(options)
-            max_tokens = min(options["max_gen_toks"], self.length - 1)
+            max_tokens = int(options["max_gen_toks"])
+            if max_tokens >= self.length:
+                raise ConfigError(
+                    f"max_gen_toks={max_tokens} must be below the {self.length} tokens of a window, which hold the prompt "
+                    f"too; use --gen_kwargs max_gen_toks={self.length // 2}, or a longer length in --model_args"
+                )
             temperature, top_k, top_p = float(options["temperature"]), int(options["top_k"]), float(options["top_p"])
             sampling = Sampling(max_tokens, temperature, top_k, top_p, tuple(options["until"]))
             tokens = self.tokenizer.encode(context) or [self.tokenizer.eos_id]

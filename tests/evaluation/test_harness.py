@@ -96,6 +96,14 @@ def test_completions_end_where_they_must(lm: Any) -> None:
     assert ask("x" * 500 + "the state", max_gen_toks=4) == ask(("x" * 500 + "the state")[-60:], max_gen_toks=4)
 
 
+def test_a_prompt_has_room(lm: Any) -> None:
+    """A completion as long as the window would leave it one token; a task that says nothing has the harness' 256."""
+    for options, asked in (({}, 256), ({"max_gen_toks": 64}, 64)):
+        with pytest.raises(ConfigError, match=rf"^max_gen_toks={asked} must be below the 64 .*max_gen_toks=32, or a"):
+            lm.generate_until([Instance("generate_until", {}, ("the state", options), 0)], disable_tqdm=True)
+    assert lm.generate_until([Instance("generate_until", {}, ("the state", {"max_gen_toks": 32}), 0)], True) != [""]
+
+
 def test_arguments(tmp_path: pathlib.Path) -> None:
     with pytest.raises(ConfigError, match="must name a run"):
         BigMacLM.create_from_arg_string("step=3")
