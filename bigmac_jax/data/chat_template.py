@@ -103,6 +103,7 @@ class Chat:
 
     Attributes:
       end: the name of the end of text.
+      opening: what the template writes between the prompt for an answer and its content, as a space.
       stop: the special token that ends an answer, if it is another one.
     """
 
@@ -128,7 +129,7 @@ class Chat:
         except jinja2.TemplateError as error:
             raise ConfigError(f"the chat template is not Jinja ({error}); fix it, or give another one") from None
         self._marks = "endgeneration" in template
-        self.stop = self._find_stop()
+        self.opening, self.stop = self._find_frame()
 
     def prompt(self, messages: Messages, limit: PromptLimit | None = None) -> list[int]:
         """The tokens that an answer follows; raises ChatError as `pieces` does, and TooLongError above the limit."""
@@ -226,16 +227,19 @@ class Chat:
         date = datetime.datetime.fromisoformat(self.files.date) if self.files.date else datetime.datetime.now()
         return date.strftime(form)
 
-    def _find_stop(self) -> tuple[str, ...]:
+    def _find_frame(self) -> tuple[str, tuple[str, ...]]:
+        """`opening` and `stop`; without them for a template that does not take a question and its answer."""
+        asked = [{"role": "user", "content": "?"}]
         try:
-            text = self._render([{"role": "user", "content": "?"}, {"role": "assistant", "content": _ANSWER}], False)
+            prompt = self._render(asked, True)
+            text = self._render([*asked, {"role": "assistant", "content": _ANSWER}], False)
         except ChatError:
-            return ()
-        _, found, behind = text.rpartition(_ANSWER)
+            return "", ()
+        before, found, behind = re.sub(f"[{_BEGIN}{_END}]", "", text).rpartition(_ANSWER)
         if not found:
-            return ()
+            return "", ()
         first = min((name for name in self._names if name in behind), key=behind.find, default=self.end)
-        return () if first == self.end else (first,)
+        return before[len(prompt) :] if before.startswith(prompt) else "", () if first == self.end else (first,)
 
     def split_names(self, text: str) -> list[str]:
         """What stands before, between and behind the special tokens of a rendered text."""

@@ -30,10 +30,19 @@ class Answer:
       jobs: the request's completions: n of its first prompt, then of the next.
       model: the name that the server calls its model by.
       token_name: gives the name of a token and its bytes, as `name_token`.
+      opening: what a completion is without where it begins with that: the template writes it before the next turn's
+        messages, too.
     """
 
-    def __init__(self, request: CompletionRequest, jobs: Sequence[Job], model: str, token_name: Callable[[int], Name]):
-        self.request, self._jobs, self._token_name = request, jobs, token_name
+    def __init__(
+        self,
+        request: CompletionRequest,
+        jobs: Sequence[Job],
+        model: str,
+        token_name: Callable[[int], Name],
+        opening: str = "",
+    ):
+        self.request, self._jobs, self._token_name, self._opening = request, jobs, token_name, opening
         self._head: Fields = {
             "id": f"{'chatcmpl' if request.chat else 'cmpl'}-{secrets.token_hex(12)}",
             "object": "chat.completion" if request.chat else "text_completion",
@@ -41,16 +50,18 @@ class Answer:
             "model": model,
         }
         self._described = [0] * len(jobs)  # tokens of each completion whose log-probabilities are given out
+        self._held: list[str | None] = [""] * len(jobs)  # beginnings that may be the opening's; None: it is past
 
     def build(self, steps: list[list[Step]]) -> Fields:
         """The whole answer, from all steps of each completion."""
         choices = []
         for i, (job, own) in enumerate(zip(self._jobs, steps, strict=True)):
             choice = {"index": i, "logprobs": self._logprobs(i, own), "finish_reason": own[-1].reason}
+            text = job.text.text.removeprefix(self._opening)
             if self.request.chat:
-                choice["message"] = {"role": "assistant", "content": job.text.text, "refusal": None}
+                choice["message"] = {"role": "assistant", "content": text, "refusal": None}
             else:
-                choice["text"] = self._echo(i) + job.text.text
+                choice["text"] = self._echo(i) + text
             choices.append(choice)
         return {**self._head, "choices": choices, "usage": self._usage()}
 
@@ -64,15 +75,26 @@ class Answer:
 
     def chunk(self, i: int, step: Step) -> Fields | None:
         """The chunk for a step of completion `i`; None while its text is uncertain."""
-        if not (step.piece or step.reason or self.request.logprobs):
+        piece = self._without_opening(i, step)
+        if not (piece or step.reason or self.request.logprobs):
             return None
         choice: Fields = {"index": i, "logprobs": self._logprobs(i, [step]), "finish_reason": step.reason or None}
-        return self._chunk(choice | ({"delta": {"content": step.piece}} if self.request.chat else {"text": step.piece}))
+        return self._chunk(choice | ({"delta": {"content": piece}} if self.request.chat else {"text": piece}))
 
     def last_chunks(self) -> Iterable[Fields]:
         """The chunks that a stream ends with: its usage, if the request wants it."""
         if self.request.usage:
             yield {**self._chunk({}), "choices": [], "usage": self._usage()}
+
+    def _without_opening(self, i: int, step: Step) -> str:
+        """What a step's chunk gives of completion `i`, whose beginning waits while it may be the opening's."""
+        held = self._held[i]
+        if held is None:
+            return step.piece
+        text = held + step.piece
+        waits = not step.reason and len(text) < len(self._opening) and self._opening.startswith(text)
+        self._held[i] = text if waits else None
+        return "" if waits else text.removeprefix(self._opening)
 
     def _chunk(self, choice: Fields) -> Fields:
         kind = {"object": "chat.completion.chunk"} if self.request.chat else {}

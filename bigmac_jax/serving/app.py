@@ -106,7 +106,7 @@ class Service:
         # Each completion draws with its own number, so that equal prompts of a request don't give equal texts.
         prompts = [prompt for prompt in asked.prompts for _ in range(asked.n)]
         jobs = [self._generator.job(prompt, asked.sampling, number, chat) for number, prompt in enumerate(prompts)]
-        answer = Answer(asked, jobs, self._model, self._token_name)
+        answer = Answer(asked, jobs, self._model, self._token_name, self._chat.opening if chat else "")
         ticket = self._worker.submit(jobs, arrived)
         if asked.stream:
             return _EventStream(self._events(answer, ticket), lambda: self._end(ticket))

@@ -14,11 +14,12 @@ class Dialogue:
     """A chat template whose errors are HTTP errors.
 
     Attributes:
+      opening: what the template writes before the content of an answer, so that it is not part of that.
       stop: texts that end an answer, beside those that a request names.
     """
 
     def __init__(self, chat: Chat):
-        self._chat = chat
+        self._chat, self.opening = chat, chat.opening
         self.stop: tuple[str, ...] = ("\nUser:",) if chat.template == PLAIN else chat.stop
 
     def prompt(self, messages: Messages, limit: PromptLimit | None = None) -> list[int]:

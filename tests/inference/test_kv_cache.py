@@ -217,7 +217,7 @@ def test_a_decoder_has_the_rules_of_no_training() -> None:
     config = dataclasses.replace(config, train=train, tuning=tuning)
     check_batch(config, 1)
     elsewhere = with_mesh(config, ["mesh.expert=2"])
-    with pytest.raises(ConfigError, match="use capacity_factor=inf with tuning.objective=dpo$"):
+    with pytest.raises(ConfigError, match=r"use capacity_factor=inf with tuning\.objective=dpo$"):
         check_batch(elsewhere, 1)
     with on_mesh(config):
         decoder = jax.eval_shape(lambda: make_decoder(config, init_model(config, jax.random.key(0))))

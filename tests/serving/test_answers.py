@@ -4,12 +4,52 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
+import pytest
+
+from bigmac_jax.data.chat_template import DEFAULT, PLAIN, Chat
 from bigmac_jax.data.tokenizer import ByteTokenizer, Tokenizer
 from bigmac_jax.inference.jobs import Job, Step
 from bigmac_jax.inference.sampling import Sampling
 from bigmac_jax.inference.text import Text
 from bigmac_jax.serving.answers import Answer, name_token
 from bigmac_jax.serving.api import CompletionRequest
+from bigmac_jax.serving.dialogue import Dialogue
+
+ASKED = {"role": "user", "content": "Capital of France?"}
+ENDS = (
+    "{% for m in messages %}{{ m.role }}\n\n{{ m.content }}#{% endfor %}"
+    "{% if add_generation_prompt %}assistant{% endif %}"
+)
+
+
+def contents(chat: Chat, said: str) -> tuple[str, str]:
+    """Of a chat's answer for which the model writes `said`: whole, and as the pieces of a stream."""
+    tokenizer, sampling = ByteTokenizer(), Sampling(50)
+    job = Job([1], sampling, Text(tokenizer, sampling))
+    request = CompletionRequest(True, [[1]], [""], sampling, 1, True, False, False)
+    answer = Answer(request, [job], "m", partial(name_token, tokenizer), Dialogue(chat).opening)
+    steps = []
+    for token in (*said.encode(), tokenizer.eos_id):
+        steps.append(Step(job, job.text.add(token, -0.1), token, -0.1, (), job.text.finish_reason))
+    chunks = [chunk for step in steps if (chunk := answer.chunk(0, step))]
+    whole = answer.build([steps])["choices"][0]["message"]["content"]
+    return whole, "".join(chunk["choices"][0]["delta"]["content"] for chunk in chunks)
+
+
+@pytest.mark.parametrize(("template", "opening"), [(DEFAULT, " "), (PLAIN, " "), (ENDS, "\n\n")])
+def test_the_next_turn_begins_with_this_one(template: str, opening: str) -> None:
+    """What the template writes before an answer is none of it, or it would stand there twice."""
+    chat = Chat(ByteTokenizer(), template)
+    whole, streamed = contents(chat, f"{opening}Paris")
+    assert whole == streamed == "Paris"
+    turns = [ASKED, {"role": "assistant", "content": whole}, {"role": "user", "content": "And of Spain?"}]
+    read = [*chat.prompt([ASKED]), *f"{opening}Paris".encode()]
+    assert chat.prompt(turns)[: len(read)] == read
+
+
+@pytest.mark.parametrize("said", ["Paris", "", "\n", "\nParis", "\n \nParis"])
+def test_another_beginning_stays(said: str) -> None:
+    assert contents(Chat(ByteTokenizer(), ENDS), said) == (said, said)
 
 
 def logprobs(tokenizer: Tokenizer, tokens: Sequence[int], chat: bool = False, stream: bool = False) -> list[Any]:
