@@ -6,11 +6,12 @@ import pathlib
 from absl import flags
 
 from bigmac_jax.commands import cli
-from bigmac_jax.config import Config
+from bigmac_jax.config import Config, ConfigError, with_mesh
 from bigmac_jax.inference import Generator
 from bigmac_jax.inference.drafter import DRAFTERS, Speculation
 from bigmac_jax.inference.kv_cache import WEIGHTS
 from bigmac_jax.model.resident import check_resident, is_resident, with_resident
+from bigmac_jax.training.workdir import read_config
 from bigmac_jax.tuning import restore
 
 WORKDIR = flags.DEFINE_string("workdir", "runs/tiny", "A run: the --workdir of bigmac train.")
@@ -50,6 +51,14 @@ _LEAST_ACCEPTANCE = flags.DEFINE_float(
 def speculation() -> Speculation:
     """How tokens are drafted; raises ConfigError for a value out of its range."""
     return Speculation(_SPECULATE.value, _LOCAL_EXPERTS.value, _LEAST_ACCEPTANCE.value, _DRAFT_WITH.value)
+
+
+def read_run(workdir: pathlib.Path) -> Config:
+    """The run's config with what the command line changes; raises ConfigError for what training alone would read."""
+    for override in cli.OVERRIDES:
+        if override.startswith(("execution.exchange=", "execution.overlap_chunks=", "execution.remat=")):
+            raise ConfigError(f"--config.{override} is of training; completions take --exchange, drop it")
+    return with_mesh(read_config(workdir), cli.OVERRIDES)
 
 
 def load_generator(workdir: pathlib.Path, config: Config, speculate: Speculation) -> Generator:

@@ -12,13 +12,13 @@ import time
 from absl import flags
 
 from bigmac_jax.commands import cli, decoding_flags
-from bigmac_jax.config import ConfigError, strict_json, with_mesh
+from bigmac_jax.config import ConfigError, strict_json
 from bigmac_jax.inference import Completion, Generator, Request, Sampling
 from bigmac_jax.inference.requests import Row, check_output, make_answer, open_output, read_requests, share_requests
 from bigmac_jax.runtime import hosts
 from bigmac_jax.runtime.clock import clock
 from bigmac_jax.runtime.progress import Progress, Waiting
-from bigmac_jax.training.workdir import locate_workdir, read_config
+from bigmac_jax.training.workdir import locate_workdir
 
 flags.adopt_module_key_flags(decoding_flags)
 _PROMPT = flags.DEFINE_string("prompt", None, "The text to go on from.")
@@ -37,10 +37,7 @@ _JSON = flags.DEFINE_bool("json", False, "Print JSON objects, not text.")
 def main() -> None:
     with hosts.raise_together():
         workdir = locate_workdir(decoding_flags.WORKDIR.value)
-        for override in cli.OVERRIDES:
-            if override.startswith(("execution.exchange=", "execution.overlap_chunks=", "execution.remat=")):
-                raise ConfigError(f"--config.{override} is of training; completions take --exchange, drop it")
-        config = with_mesh(read_config(workdir), cli.OVERRIDES)
+        config = decoding_flags.read_run(workdir)
         prompt = _PROMPT.value
         if (prompt is None) == (not _PROMPTS.value):
             raise ConfigError("give either --prompt=TEXT or --prompts=FILE")

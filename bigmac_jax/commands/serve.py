@@ -10,7 +10,7 @@ import pathlib
 from absl import flags
 
 from bigmac_jax.commands import cli, decoding_flags
-from bigmac_jax.config import ConfigError, with_mesh
+from bigmac_jax.config import ConfigError
 from bigmac_jax.runtime import hosts
 from bigmac_jax.runtime.progress import Waiting
 from bigmac_jax.runtime.storage import absolute
@@ -18,7 +18,7 @@ from bigmac_jax.serving.dialogue import load_dialogue
 from bigmac_jax.serving.limits import Limits, finite_seconds
 from bigmac_jax.serving.lockstep import follow
 from bigmac_jax.serving.server import listen, serve
-from bigmac_jax.training.workdir import locate_workdir, read_config, use_saved_tokenizer
+from bigmac_jax.training.workdir import locate_workdir, use_saved_tokenizer
 
 flags.adopt_module_key_flags(decoding_flags)
 _HOST = flags.DEFINE_string("host", "127.0.0.1", "The address to listen at; 0.0.0.0 is all of this machine's.")
@@ -42,7 +42,7 @@ _DRAIN = flags.DEFINE_float("drain", Limits.drain, "Seconds that running request
 def main() -> int:
     with hosts.raise_together():
         workdir = locate_workdir(decoding_flags.WORKDIR.value)
-        config = with_mesh(read_config(workdir), cli.OVERRIDES)
+        config = decoding_flags.read_run(workdir)
         limits = Limits(
             body=_MAX_BODY.value,
             queue=_QUEUE.value,
