@@ -10,6 +10,7 @@ from bigmac_jax.config.section import flat_values
 from bigmac_jax.runtime import storage
 from bigmac_jax.training.goodput import PARTS
 from bigmac_jax.training.metrics_file import Record, read_records
+from bigmac_jax.training.workdir import read_run_json
 
 Records = list[Record]
 
@@ -24,6 +25,7 @@ class Run:
     evaluations: Records
     events: Records  # bad steps that were skipped or rewound
     seconds: dict[str, float] = dataclasses.field(default_factory=dict)  # by where the time went, in all starts
+    fingerprints: dict[str, str] = dataclasses.field(default_factory=dict)  # of tokenizer and texts, where known
 
     @property
     def of_pairs(self) -> bool:
@@ -70,7 +72,8 @@ def _read_run(workdir: str, name: str) -> Run:
     counted = next((r for r in reversed(records) if "goodput/wall_s" in r), {})
     seconds = {part: counted.get(f"goodput/{part}_s") for part in PARTS}
     whole = {part: value for part, value in seconds.items() if isinstance(value, (int, float))}
-    return Run(name, config, training, evaluations, [r for r in records if "event" in r], whole)
+    events, fingerprints = [r for r in records if "event" in r], read_run_json(path)["data"]
+    return Run(name, config, training, evaluations, events, whole, fingerprints)
 
 
 def _latest(records: Records) -> Records:

@@ -1,10 +1,11 @@
 """The tables of the page: what each run came to, and where their configurations differ."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from html import escape
 from statistics import fmean, median
 from typing import Any
 
+from bigmac_jax.config import DataConfig
 from bigmac_jax.model.counts import parameters
 from bigmac_jax.planning import units
 from bigmac_jax.report.runs import Run
@@ -24,7 +25,6 @@ def facts(run: Run) -> dict[str, str]:
     """The summary of a run in words and figures, by row."""
     last, model, planned = run.training[-1], run.config.model, run.config.train.steps
     scores = [r for r in run.evaluations if r.get("eval/perplexity") is not None]
-    best = min(scores, key=lambda r: r["eval/perplexity"], default=None)
     events, loss = [r["event"] for r in run.events], _show(last["loss"], "{:.4f}".format)
     return {
         "structure": model.structure,
@@ -36,8 +36,8 @@ def facts(run: Run) -> dict[str, str]:
         "time of training steps": units.elapsed(3600 * clock(run.training)["hours"][-1]),
         "training loss, last": NONE if run.of_pairs else loss,
         "DPO loss of a pair, last": loss if run.of_pairs else NONE,
-        "validation perplexity, last": f"{scores[-1]['eval/perplexity']:.2f}" if scores else NONE,
-        "validation perplexity, best": f"{best['eval/perplexity']:.2f} at step {best['step']:,}" if best else NONE,
+        **_scores(run, "perplexity", "{:.2f}"),
+        **_scores(run, "bits per byte", "{:.4f}"),
         "windows by source": _by_source(last, "tokens/", lambda tokens, whole: f"{tokens / whole:.1%}"),
         "validation loss by source": _by_source(
             scores[-1] if scores else {}, "eval/loss/", lambda loss, _: f"{loss:.4f}"
@@ -54,15 +54,62 @@ def facts(run: Run) -> dict[str, str]:
     }
 
 
+def _scores(run: Run, figure: str, form: str) -> dict[str, str]:
+    """Rows of a figure of the validation text, of which less is better."""
+    name = f"eval/{figure.replace(' ', '_')}"
+    scores = [(r[name], r["step"]) for r in run.evaluations if r.get(name) is not None]
+    last, best = f"validation {figure}, last", f"validation {figure}, best"
+    if not scores:
+        return {last: NONE, best: NONE}
+    least, step = min(scores)
+    return {last: form.format(scores[-1][0]), best: f"{form.format(least)} at step {step:,}"}
+
+
 def _drop_rate(rate: float) -> str:
     return f"{rate:.2%}" + (" (model.capacity_factor=inf drops none)" if rate > MOST else "")
 
 
 def summary(runs: Sequence[Run]) -> str:
-    """An HTML table of `facts`, a column for each run, without rows that no run has."""
+    """HTML: a table of `facts`, a column for each run, without rows that no run has, and what they do not compare."""
     columns = [facts(run) for run in runs]
     rows = {name: [column[name] for column in columns] for name in columns[0]}
-    return _table(runs, "", {name: [escape(v) for v in row] for name, row in rows.items() if set(row) != {NONE}})
+    table = _table(runs, "", {name: [escape(v) for v in row] for name, row in rows.items() if set(row) != {NONE}})
+    return table + "".join(f"<p>{escape(note)}</p>" for note in notes(runs))
+
+
+def notes(runs: Sequence[Run]) -> list[str]:
+    """A line for each reason for which figures of the runs do not compare."""
+    lettered = [(letter(i), run) for i, run in enumerate(runs)]
+    scored = [(a, run) for a, run in lettered if run.evaluations]
+    found = [
+        (
+            _groups(lettered, lambda data: data.tokenizer, "tokenizer"),
+            "Tokenizers differ: {}. Bits per byte compare them; losses and perplexities, of a token, do not.",
+        ),
+        (
+            _groups(scored, lambda data: data.validation_source or data.mixture or data.source, "validation"),
+            "Validation texts differ: {}. No figure of validation compares them.",
+        ),
+        (
+            _group((a, run.config.tuning.objective) for a, run in lettered),
+            "Objectives differ: {}. Losses are over all tokens, over answers or of pairs, and do not compare.",
+        ),
+    ]
+    return [line.format(" ≠ ".join(groups)) for groups, line in found if len(groups) > 1]
+
+
+def _groups(lettered: Sequence[tuple[str, Run]], field: Callable[[DataConfig], str], name: str) -> list[str]:
+    """The letters of runs of equal fingerprints; where not all are known, of an equal field."""
+    known = all(name in run.fingerprints for _, run in lettered)
+    return _group((a, run.fingerprints[name] if known else field(run.config.data)) for a, run in lettered)
+
+
+def _group(values: Iterable[tuple[str, str]]) -> list[str]:
+    """The letters that have the same value, a text for each value."""
+    groups: dict[str, list[str]] = {}
+    for a, value in values:
+        groups.setdefault(value, []).append(a)
+    return [" = ".join(letters) for letters in groups.values()]
 
 
 def times(runs: Sequence[Run]) -> str:

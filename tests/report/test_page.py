@@ -17,10 +17,10 @@ from bigmac_jax.config import Config, ConfigError, ModelConfig, TrainConfig, Tun
 from bigmac_jax.report.page import page, write_page
 from bigmac_jax.report.runs import Run, read_runs
 from bigmac_jax.report.series import POINTS, curves, expert_load, thin
-from bigmac_jax.report.tables import differences, facts
+from bigmac_jax.report.tables import differences, facts, notes
 
-CHARTS = ["loss", "eval/perplexity", "moe/drop_rate", "moe/moved_rate", "moe/wire_bytes", "tokens_per_s",
-          "step_time_s"]  # fmt: skip  # of `runs`
+CHARTS = ["loss", "eval/perplexity", "eval/bits_per_byte", "moe/drop_rate", "moe/moved_rate", "moe/wire_bytes",
+          "tokens_per_s", "step_time_s"]  # fmt: skip  # of `runs`
 VOID = {"meta", "link", "input", "br"}
 MOE = Config(model=ModelConfig(num_layers=2, hidden_size=16, num_heads=1, vocab_size=384, num_experts=4, top_k=2))
 DENSE = Config(model=ModelConfig("dense", num_layers=2, hidden_size=16, num_heads=1, vocab_size=384))
@@ -43,7 +43,8 @@ def routed(step: int) -> dict[str, Any]:
 
 
 def evaluation(step: int, perplexity: float) -> dict[str, Any]:
-    return {"step": step, "eval/loss": float(np.log(perplexity)), "eval/perplexity": perplexity}
+    figures = {"eval/loss": float(np.log(perplexity)), "eval/bits_per_byte": float(np.log2(perplexity)) / 4}
+    return {"step": step, "eval/perplexity": perplexity} | figures
 
 
 def write(workdir: pathlib.Path, config: Config, records: list[dict[str, Any]], end: str = "") -> str:
@@ -128,6 +129,9 @@ def test_tables(runs: list[Run]) -> None:
     routed_facts, dense_facts = facts(runs[0]), facts(runs[1])
     assert routed_facts["validation perplexity, last"] == "70.00"
     assert routed_facts["validation perplexity, best"] == "40.00 at step 10"
+    assert routed_facts["validation bits per byte, last"] == f"{np.log2(70) / 4:.4f}"
+    assert routed_facts["validation bits per byte, best"] == f"{np.log2(40) / 4:.4f} at step 10"
+    assert dense_facts["validation bits per byte, best"] == "–"
     assert routed_facts["dropped choices, mean"] == "25.00% (model.capacity_factor=inf drops none)"
     assert routed_facts["moved choices, mean"] == "12.50%" and dense_facts["moved choices, mean"] == "–"
     assert routed_facts["exchange a step"] == "3.00 MiB"
@@ -159,6 +163,33 @@ def test_losses_of_pairs_and_of_tokens_are_two_charts(runs: list[Run]) -> None:
     rows = {"training loss, last": "–", "DPO loss of a pair, last": "4.0000"}
     assert facts(tuned) | rows == facts(tuned)
     assert facts(runs[0])["DPO loss of a pair, last"] == "–" and "DPO loss of a pair, last" not in page(runs)
+
+
+def with_data(run: Run, objective: str = "pretrain", fingerprints: Any = (), **data: str) -> Run:
+    """The run on other data, or trained for something else."""
+    fields = {"data": dataclasses.replace(MOE.data, **data)}
+    if objective != "pretrain":
+        fields["data"] = dataclasses.replace(fields["data"], source="rows.jsonl", documents="masked")
+        fields |= {"train": TrainConfig(init_from="there"), "tuning": TuningConfig(objective=objective)}
+    return dataclasses.replace(run, config=dataclasses.replace(MOE, **fields), fingerprints=dict(fingerprints))
+
+
+def test_what_does_not_compare_is_said(runs: list[Run]) -> None:
+    """Tokenizers and texts are told by their fingerprints, where all runs have them; else by the config."""
+    run, other = runs  # which has no evaluation
+    assert notes(runs) == notes([run]) == notes([run, with_data(run)]) == []
+    unlike = [with_data(run), with_data(run, tokenizer="bytes"), with_data(other, validation_source="x"), run]
+    (line,) = notes(unlike)
+    assert line.startswith("Tokenizers differ: A = C = D ≠ B. Bits per byte compare them")
+    assert line in page(unlike) and " differ: " not in page([run])
+    texts = [run, with_data(run, source="x"), with_data(run, mixture="x=1,y=2"), with_data(run, validation_source="x")]
+    assert notes(texts) == ["Validation texts differ: A ≠ B = D ≠ C. No figure of validation compares them."]
+    assert notes([run, with_data(run, "sft")])[-1].startswith("Objectives differ: A ≠ B. Losses are over all tokens")
+    same, another = {"tokenizer": "1", "validation": "2"}, {"tokenizer": "3", "validation": "4"}
+    moved = [with_data(run, "pretrain", same), with_data(run, "pretrain", same, tokenizer="run/tokenizer.json")]
+    assert notes(moved) == []  # a conversion's, which is a copy
+    assert len(notes([*moved, with_data(run, "pretrain", another)])) == 2
+    assert len(notes([*moved, run])) == 1  # of the names
 
 
 def test_names_are_escaped(tmp_path: pathlib.Path) -> None:
@@ -222,9 +253,10 @@ def test_thousands_of_records() -> None:
     assert len(series["loss"]["step"]) <= POINTS and series["loss"]["step"][-1] == 20_000
 
 
-def test_names_of_runs(tmp_path: pathlib.Path) -> None:
+def test_names_and_fingerprints_of_runs(tmp_path: pathlib.Path) -> None:
     a, b = (write(tmp_path / parent / "run", DENSE, [training(1)]) for parent in ("a", "b"))
-    assert [run.name for run in read_runs([a, b])] == [a, b]
+    (tmp_path / "a" / "run" / "run.json").write_text('{"data": {"tokenizer": "7"}}')
+    assert [(run.name, run.fingerprints) for run in read_runs([a, b])] == [(a, {"tokenizer": "7"}), (b, {})]
     assert [run.name for run in read_runs([a])] == ["run"]
 
 
