@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from bigmac_jax.config import Config, ConfigError, ModelConfig, TrainConfig, TuningConfig
+from bigmac_jax.config.objects import seal
 from bigmac_jax.report.page import page, write_page
 from bigmac_jax.report.runs import Run, read_runs
 from bigmac_jax.report.series import POINTS, curves, expert_load, thin
@@ -255,7 +256,7 @@ def test_thousands_of_records() -> None:
 
 def test_names_and_fingerprints_of_runs(tmp_path: pathlib.Path) -> None:
     a, b = (write(tmp_path / parent / "run", DENSE, [training(1)]) for parent in ("a", "b"))
-    (tmp_path / "a" / "run" / "run.json").write_text('{"data": {"tokenizer": "7"}}')
+    (tmp_path / "a" / "run" / "run.json").write_text(json.dumps(seal({"data": {"tokenizer": "7"}})))
     assert [(run.name, run.fingerprints) for run in read_runs([a, b])] == [(a, {"tokenizer": "7"}), (b, {})]
     assert [run.name for run in read_runs([a])] == ["run"]
 
