@@ -124,8 +124,8 @@ class BigMacLM(LM):
             max_tokens = int(options["max_gen_toks"])
             if max_tokens >= self.length:
                 raise ConfigError(
-                    f"max_gen_toks={max_tokens} must be below the {self.length} tokens of a window, which hold the prompt "
-                    f"too; use --gen_kwargs max_gen_toks={self.length // 2}, or a longer length in --model_args"
+                    f"max_gen_toks={max_tokens} must be below the {self.length} tokens of a window, so that a prompt "
+                    f"fits; use --gen_kwargs max_gen_toks={self.length // 2}, or a longer length in --model_args"
                 )
             temperature, top_k, top_p = float(options["temperature"]), int(options["top_k"]), float(options["top_p"])
             sampling = Sampling(max_tokens, temperature, top_k, top_p, tuple(options["until"]))
