@@ -163,10 +163,33 @@ def find_files(pattern: pathlib.Path) -> dict[pathlib.Path, int]:
 
 
 def list_files(folder: pathlib.Path) -> dict[pathlib.Path, int]:
-    """All files in a folder and below it, in order → bytes. On a store that is one request per thousand files."""
+    """All files in a folder and below it, in order → bytes. On a store that is one request per thousand files.
+
+    Linked files and folders are among them. A folder that cannot be read and a link that leads nowhere stand there
+    themselves, with 0 bytes, so that whoever reads them says what is wrong.
+    """
     if is_store(folder):
         return _file_sizes(folder, filesystem(folder).find(str(folder), detail=True))
-    return {path: path.stat().st_size for path in sorted(folder.rglob("*")) if path.is_file()}
+    return dict(sorted(_walk(folder))) if folder.is_dir() else {}
+
+
+def _walk(folder: pathlib.Path, above: tuple[str, ...] = ()) -> Iterator[tuple[pathlib.Path, int]]:
+    """Yields what `list_files` does; a link to a folder that it stands in, one of those `above`, ends there."""
+    real = os.path.realpath(folder)
+    if real in above:
+        return
+    try:
+        names = os.listdir(folder)
+    except OSError:
+        yield folder, 0
+        return
+    for path in (folder / name for name in names):
+        if os.path.isdir(path):
+            yield from _walk(path, (*above, real))
+        elif os.path.isfile(path):
+            yield path, path.stat().st_size
+        elif not os.path.exists(path):
+            yield path, 0
 
 
 def _file_sizes(place: pathlib.Path, entries: dict[str, Any]) -> dict[pathlib.Path, int]:

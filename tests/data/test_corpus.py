@@ -152,6 +152,20 @@ def test_what_stands_beside_a_corpus(tmp_path, caplog):
     assert len(find_files(str(folder / ".cache" / ".." / "deep" / ".git"), "data.source")) == 1
 
 
+def test_links_in_a_folder(tmp_path):
+    """They are read; one that leads nowhere, as to a disk that is not mounted, is told unless it is hidden."""
+    for name in ("c", "far"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "a.txt").write_text(f"in {name}")
+    (tmp_path / "c" / "web").symlink_to("../far")
+    (tmp_path / "c" / ".#a.txt").symlink_to("editor@host:1")
+    own = {"validation_source": "-", "test_source": "-"}
+    assert read(tmp_path, source=str(tmp_path / "c"), **own) == ["in c", "in far"]
+    (tmp_path / "far").rename(tmp_path / "moved")
+    with pytest.raises(ConfigError, match=rf"{tmp_path}/c/web seems to be unreadable \(No such file or directory\)"):
+        read(tmp_path, source=str(tmp_path / "c"), **own)
+
+
 def rows(path: pathlib.Path, texts: list[str]) -> str:
     path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     return str(path)
@@ -314,7 +328,9 @@ def test_broken_utf8_is_replaced_counted_and_named(tmp_path, caplog):
     (tmp_path / "c.csv").write_bytes(b"n,text\n1,all\n2,\xc3a\n3,of it\n\xff,\n")
     (tmp_path / "d.json").write_bytes(b'[{"text": "\xff"}, {"text": "end"}]')
     with caplog.at_level(logging.WARNING):
-        docs = open_documents(DataConfig(source=str(tmp_path), validation_source="-", test_source="-"), "train", "")
+        docs = open_documents(
+            DataConfig(source=str(tmp_path), validation_source="-", test_source="-"), "train", str(tmp_path / ".cache")
+        )
         texts = ["good �� bad", "half �", "lone � surrogate", "fine", "all", "�a", "of it", "�", "end"]
         assert list(docs) == texts
         list(docs)

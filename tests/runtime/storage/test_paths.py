@@ -4,6 +4,7 @@ import contextlib
 import errno
 import hashlib
 import json
+import os
 import pathlib
 import threading
 import time
@@ -193,6 +194,32 @@ def test_a_file_that_a_disk_does_not_take_leaves_nothing(
     with pytest.raises(OSError, match="full"):
         storage.write_atomically(tmp_path / "a", b"after")
     assert storage.list_files(tmp_path) == {tmp_path / "a": 6} and (tmp_path / "a").read_bytes() == b"before"
+
+
+def test_linked_folders_are_listed(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a glob lists them, though a loop of links ends; what cannot be looked into is not passed over."""
+    for name in ("c/a.txt", "c/sub/b.txt", "far/web.txt", "far/deep/d.txt"):
+        storage.write_atomically(tmp_path / name, name.encode())
+    folder = tmp_path / "c"
+    for link, target in (("far", "../far"), ("sub/up", ".."), ("one.txt", "../far/web.txt")):
+        (folder / link).symlink_to(target)
+    (tmp_path / "far" / "back").symlink_to("../c/sub")
+    os.mkfifo(folder / "pipe")
+    names = ["a.txt", "far/back/b.txt", "far/deep/d.txt", "far/web.txt", "one.txt", "sub/b.txt"]
+    assert list(storage.list_files(folder)) == [folder / name for name in names]
+    assert storage.list_files(folder)[folder / "far" / "web.txt"] == len("far/web.txt")
+    (folder / "gone").symlink_to("../unmounted")
+    (folder / "itself").symlink_to("itself")
+    listdir = os.listdir
+
+    def refuse(path: pathlib.Path) -> list[str]:
+        if path == folder / "sub":
+            raise PermissionError(errno.EACCES, "Permission denied")
+        return listdir(path)
+
+    monkeypatch.setattr(storage.os, "listdir", refuse)
+    found = storage.list_files(folder)
+    assert [path.name for path, size in found.items() if not size] == ["gone", "itself", "sub"]
 
 
 def test_paths_of_a_disk(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
