@@ -219,6 +219,8 @@ def test_errors(make_config, tmp_path, monkeypatch, sotu):
 def test_documents_is_what_the_tokenizer_reads(make_config, tmp_path):
     """bpe on a source without text is the source's error."""
     (tmp_path / "blank.txt").write_text(" ")
-    assert issubclass(type(module.open_documents(make_config(tmp_path / "blank.txt").data, "train", "")), Documents)
+    assert issubclass(
+        type(module.open_documents(make_config(tmp_path / "blank.txt").data, "train", str(tmp_path))), Documents
+    )
     with pytest.raises(ConfigError, match="0 documents with text"):
         load_tokenizer(make_config(tmp_path / "blank.txt", tokenizer="bpe"))
