@@ -5,6 +5,7 @@ Nothing heavy is imported here, so that a missing environment is one line, and `
 
 import difflib
 import importlib
+import io
 import pathlib
 import sys
 from typing import NamedTuple, NoReturn
@@ -55,6 +56,8 @@ def start(name: str) -> None:
     """Runs a command with the arguments in sys.argv; does not return."""
     if sys.version_info < (3, 11):  # noqa: UP036  whoever runs a script with another Python is told
         fail(f"this is Python {sys.version.split()[0]}, and 3.11, 3.12 or 3.13 is needed; {_advice()}")
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="surrogateescape")  # a path that is no UTF-8 is printed as it is
     signals.install()
     with signals.block():  # until the program that takes its place has its handlers
         environment.prepare()

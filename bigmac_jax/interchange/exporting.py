@@ -117,7 +117,7 @@ def export_model(
             for file in bigmac.CODE if layout is bigmac else ():
                 shutil.copyfile(file, directory / file.name)
             card = model_card.make_card(config, name, trained, output.name, tokenizer is not None, bool(chat.template))
-            (directory / "README.md").write_text(card)
+            (directory / "README.md").write_bytes(card.encode(errors="replace"))  # folders' names may be no UTF-8
 
     failed: ConfigError | None = None
     try:

@@ -18,8 +18,8 @@ def write_page(runs: Sequence[Run], path: pathlib.Path) -> None:
     """Writes the page of some runs to a file; raises ConfigError if that fails."""
     html = page(runs)
     try:
-        # Not whole or nothing on a disk: the output may be a pipe.
-        path.write_bytes(html.encode())
+        # Not whole or nothing on a disk: the output may be a pipe. Names of folders and files may be no UTF-8.
+        path.write_bytes(html.encode(errors="replace"))
     except storage.errors() as error:
         raise ConfigError(
             f"--output={path} cannot be written ({storage.reason(error)}); give a file in a folder that exists"

@@ -1,6 +1,7 @@
 """The commands where they are not at home: another Python, another folder, installed."""
 
 import ast
+import io
 import os
 import pathlib
 import re
@@ -8,6 +9,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import types
 
 import pytest
 from training.tools import ROOT
@@ -70,6 +72,18 @@ def test_an_old_python_is_told(monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
     with pytest.raises(SystemExit) as ended:
         commands.start("train")
     assert ended.value.code == 2 and "3.11, 3.12 or 3.13 is needed" in capsys.readouterr().err
+
+
+def test_a_path_that_is_no_utf8_is_printed_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    out = io.TextIOWrapper(io.BytesIO(), encoding="utf-8")
+    module = types.SimpleNamespace(run=lambda *of: print(os.fsdecode(b"runs/\xff"), flush=True), main=None)
+    with monkeypatch.context() as patched:
+        patched.setattr(sys, "stdout", out)
+        patched.setattr(commands, "environment", types.SimpleNamespace(prepare=lambda: None))
+        patched.setattr(commands.signals, "install", lambda: None)
+        patched.setattr(commands, "importlib", types.SimpleNamespace(import_module=lambda name: module))
+        commands.start("report")
+    assert out.buffer.getvalue() == b"runs/\xff\n"
 
 
 def test_bigmac(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import pathlib
 from typing import Any
 
@@ -393,7 +394,9 @@ def test_card(tmp_path: pathlib.Path) -> None:
         total = sum(leaf.size for leaf in leaves(model).values())
         export_model(config, model, tmp_path / "a", trained=Trained(50, 2.0, ()), tokenizer=ByteTokenizer())
         export_model(config, model, tmp_path / "b")
-        export_model(config, model, tmp_path / "c", format="plain", trained=Trained(0))
+        export_model(
+            config, model, tmp_path / "c", format="plain", trained=Trained(0, None, [os.fsdecode(b"`run\xff`")])
+        )
     known, unknown, plain = ((tmp_path / name / "README.md").read_text() for name in "abc")
     assert "| trained | 50 steps on 1,600 tokens of sotu |" in known
     assert "| validation loss | 2.0000 nats a token (perplexity 7.39) |" in known
@@ -402,6 +405,7 @@ def test_card(tmp_path: pathlib.Path) -> None:
     assert f"| parameters | {total:,}, of which a token meets {total - idle:,} |" in known
     assert 'pipeline("text-generation", "a", trust_remote_code=True)' in known
     assert 'AutoModelForCausalLM.from_pretrained("b", trust_remote_code=True)' in unknown
+    assert "| began with | `run?` |" in plain  # whose name is no UTF-8
     assert 'bigmac_jax.import_model("c")' in plain and "transformers" not in plain
     for card in (unknown, plain):
         assert "trained |" not in card and "loss" not in card

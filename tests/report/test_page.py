@@ -4,6 +4,7 @@ import base64
 import dataclasses
 import html.parser
 import json
+import os
 import pathlib
 import re
 import subprocess
@@ -203,6 +204,15 @@ def test_names_are_escaped(tmp_path: pathlib.Path) -> None:
     assert not seen.open and [tag for tag, _ in seen.elements].count("script") == 2
     assert seen.texts["title"] == [name] and seen.data()[0]["name"] == name
     assert config["data"]["source"] in seen.texts["td"] and "</script><b>" in seen.data()[0]["series"]
+
+
+def test_names_need_not_be_utf8(tmp_path: pathlib.Path) -> None:
+    """That of the run's folder, and of a file in its config."""
+    config = dataclasses.replace(MOE, data=dataclasses.replace(MOE.data, source=os.fsdecode(b"text\xff.txt")))
+    workdir = write(tmp_path / os.fsdecode(b"run\xff"), config, [routed(1)])
+    write_page(read_runs([workdir]), tmp_path / "report.html")
+    seen = Seen((tmp_path / "report.html").read_text(encoding="utf-8"))
+    assert seen.texts["title"] == ["run?"] and "text?.txt" in seen.texts["td"] and seen.data()[0]["name"] == "run\udcff"
 
 
 def test_a_run_that_is_being_written(tmp_path: pathlib.Path) -> None:
