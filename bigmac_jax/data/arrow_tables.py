@@ -107,6 +107,7 @@ def _read_batches(
 
 def _check_field(path: pathlib.Path, field: TextField, schema: Any) -> None:
     name, texts = field.name, [column.name for column in schema if _is_text(column.type)]
+    field.check_once(str(path), schema.names)
     is_null = name in schema.names and pa.types.is_null(schema.field(name).type)
     if name not in texts and not (is_null and field.skips_null):
         found = f"holds {schema.field(name).type}" if name in schema.names else "is missing"

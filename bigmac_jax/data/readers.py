@@ -210,6 +210,7 @@ def _read_csv(path: pathlib.Path, kind: Kind, part: Slice, field: TextField, cou
         rows = csv.reader(_decode_lines(file, replaced, str(path)), strict=True)
         try:
             names = next(rows, [])
+            field.check_once(f"{path} line 1", names)
             for row in filter(None, rows):
                 place = f"{path} line {rows.line_num}"
                 if len(row) != len(names):

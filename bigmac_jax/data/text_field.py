@@ -1,6 +1,6 @@
 """The field of a row that holds its text."""
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from typing import Any, NamedTuple
 
 from bigmac_jax.config import ConfigError
@@ -34,6 +34,13 @@ class TextField(NamedTuple):
             raise self.null_error(where())
         skip = "" if _ROWS.keys() & row else f", or {_SKIP}"
         raise ConfigError(f"{self.type_error(where(), 'is missing', others, row)}{skip}")
+
+    def check_once(self, place: str, names: Sequence[str]) -> None:
+        """Raises ConfigError if several of a table's columns have the field's name: the text may be in any of them."""
+        if (count := names.count(self.name)) > 1:
+            raise ConfigError(
+                f"{place}: {count} columns are named {self.name!r}, which is data.text_field; rename all but one"
+            )
 
     def null_error(self, place: str) -> ConfigError:
         """Makes the error of a row whose text is null."""

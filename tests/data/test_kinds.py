@@ -335,6 +335,26 @@ BROKEN += [
 ]
 
 
+def doubled(new: Any) -> bytes:
+    """Two columns of the field's name, in an Arrow file or stream, or in Parquet."""
+    sink, table = pa.BufferOutputStream(), pa.table([["one"], ["uno"], ["o"]], names=["text", "text", "other"])
+    if new is pq.write_table:
+        new(table, sink)
+    else:
+        with new(sink, table.schema) as writer:
+            writer.write_table(table)
+    return sink.getvalue().to_pybytes()
+
+
+TWICE = "2 columns are named 'text', which is data.text_field; rename all but one"
+BROKEN += [
+    ("a.parquet", doubled(pq.write_table), rf"a\.parquet: {TWICE}"),
+    ("a.arrow", doubled(pa.ipc.new_file), rf"a\.arrow: {TWICE}"),
+    ("a.feather.gz", gzip.compress(doubled(pa.ipc.new_stream)), rf"a\.feather\.gz: {TWICE}"),
+    ("a.csv", b"text,n,text\none,1,uno\n", rf"a\.csv line 1: {TWICE}"),
+]
+
+
 @pytest.mark.parametrize("case", range(len(BROKEN)), ids=[f"{name}-{i}" for i, (name, _, _) in enumerate(BROKEN)])
 def test_what_is_broken_is_one_line(case, tmp_path, make_config, monkeypatch):
     name, content, message = BROKEN[case]

@@ -157,8 +157,8 @@ def test_tasks_of_the_issue() -> None:
     assert task("wikitext103").substitutions == task("wikitext2").substitutions
 
 
-def write(folder: pathlib.Path, name: str, rows: list[dict[str, Any]]) -> pathlib.Path:
-    path, table = folder / name, pa.Table.from_pylist(rows)
+def write(folder: pathlib.Path, name: str, rows: Any) -> pathlib.Path:
+    path, table = folder / name, rows if isinstance(rows, pa.Table) else pa.Table.from_pylist(rows)
     if path.suffix == ".jsonl":
         path.write_text("\n\n".join(json.dumps(row) for row in rows))
     elif path.suffix == ".parquet":
@@ -176,6 +176,13 @@ def test_files_of_rows(tmp_path: pathlib.Path, name: str) -> None:
     path = str(write(tmp_path, name, rows))
     assert [row for _, row in read_rows(path, "", 0, "", "x")] == rows
     assert [row for _, row in read_rows(path, "", 2, "", "x")] == rows[:2]
+
+
+@pytest.mark.parametrize("name", ["file.arrow", "rows.parquet"])
+def test_two_columns_of_one_name(tmp_path: pathlib.Path, name: str) -> None:
+    path = write(tmp_path, name, pa.table([["a b"], ["c d"], [1]], names=["text", "text", "n"]))
+    with pytest.raises(ConfigError, match=rf"{name}: 2 columns are named 'text'; rename all but one$"):
+        read_rows(str(path), "", 0, "", "x")
 
 
 def test_rows_of_tfds_are_plain(tmp_path: pathlib.Path) -> None:

@@ -87,13 +87,18 @@ def _read_table(path: pathlib.Path, name: pathlib.Path) -> Iterator[tuple[str, R
 
     try:
         if path.suffix.lower() == ".parquet":
-            batches: Any = pq.ParquetFile(path).iter_batches()
+            table = pq.ParquetFile(path)
+            batches: Any = table.iter_batches()
+            names = table.schema_arrow.names
         else:
             source = pa.memory_map(str(path))
             is_file = source.read(6) == b"ARROW1"
             source.seek(0)
             reader = pa.ipc.open_file(source) if is_file else pa.ipc.open_stream(source)
             batches = map(reader.get_batch, range(reader.num_record_batches)) if is_file else reader
+            names = reader.schema.names
+        if twice := next((column for column in names if names.count(column) > 1), ""):
+            raise ConfigError(f"{name}: {names.count(twice)} columns are named {twice!r}; rename all but one")
         rows = itertools.chain.from_iterable(batch.to_pylist() for batch in batches)
         yield from ((f"{name} row {number}", row) for number, row in enumerate(rows, 1))
     except (pa.ArrowException, UnicodeDecodeError) as error:
