@@ -280,7 +280,7 @@ def test_latent_by_the_command(convert: Any, monkeypatch: pytest.MonkeyPatch) ->
     [
         ("upcycle", ("structure=dense", "mtp_modules=1"), ["tuning.teacher=x"], ""),  # not trained beside one, but gone
         ("latent", ("structure=fine_grained",), [], ""),  # with adapters of a larger rank than it is wide
-        ("upcycle", ("structure=dense",), ["train.experts_per_checkpoint=8"], "=8 must be below model.num_experts=8"),
+        ("upcycle", ("structure=dense",), ["train.experts_per_checkpoint=8"], "=8 must be below --experts=8"),
         ("latent", ("structure=bigmac",), [], "can't be given a narrow exchange"),
         ("widen", ("router=hyper",), [], "model.router=hyper can't be widened"),
     ],
