@@ -113,10 +113,17 @@ def _is_utf8(head: bytes) -> bool:
     return True
 
 
+def _is_wide(head: bytes) -> bool:
+    """Whether every other byte is 0, or most of these: UTF-16 without its mark, which as UTF-8 is text with NULs."""
+    return any(2 * half.count(0) > len(half) for half in (head[::2], head[1::2]))
+
+
 def check_content(path: pathlib.Path, kind: Kind, head: bytes) -> None:
     """Raises ConfigError if a file is not what its name says; `head` has its first bytes, already decompressed."""
     wanted, head = "arrow" if kind.name == "feather" else kind.name, head[:_HEAD]
     magic, what, found = _find_magic(head)
+    if not what and kind.name not in TABLES and _is_wide(head):
+        what = "text as UTF-16"
     # A text may begin with the letters of a magic number, such as BZh.
     is_text = magic.isascii() and magic.decode().isprintable() and b"\0" not in head and _is_utf8(head)
     if what and found != wanted and not is_text:

@@ -228,6 +228,7 @@ BAD: dict[str, tuple[str, str, bytes, str]] = {  # task, file, its content, what
         "line 2 is not UTF-8 at byte 13",
     ),
     "lone surrogate": ("lambada", "rows.jsonl", b'{"text": "a \\ud800"}', "line 1 is not UTF-8"),
+    "UTF-16": ("ptb", "rows.tokens", "a b".encode("utf-16-le"), "rows.tokens seems to be text as UTF-16, not"),
     "broken UTF-8 text": ("wikitext2", "rows.raw", b"a \xff", "rows.raw is not UTF-8 at byte 3"),
     "broken JSON": ("piqa", "rows.jsonl", b'{"goal": ', "line 1 is no JSON object"),
     "not an object": ("piqa", "rows.jsonl", b"[1]", "line 1 is no JSON object (it is a JSON list, no object)"),

@@ -9,6 +9,7 @@ from typing import Any
 from bigmac_jax.config import ConfigError, parse_object
 from bigmac_jax.data.datasets import DATASET, open_dataset, silence_tfds
 from bigmac_jax.data.documents import decode
+from bigmac_jax.data.kinds import Kind, check_content
 from bigmac_jax.runtime import storage
 
 Row = dict[str, Any]
@@ -56,7 +57,9 @@ def _read_file(source: str, setting: str) -> Iterator[tuple[str, Row]]:
         raise ConfigError(f"{setting} {what}; give rows as JSON lines, Arrow, Parquet or, for perplexity, plain text")
     try:
         if suffix in TEXT_FILES:
-            yield str(path), {"text": path.read_bytes().removeprefix(codecs.BOM_UTF8)}
+            content = path.read_bytes()
+            check_content(path, Kind(suffix[1:]), content)
+            yield str(path), {"text": content.removeprefix(codecs.BOM_UTF8)}
         elif suffix == ".jsonl":
             yield from _read_json_lines(path)
         else:
