@@ -92,6 +92,7 @@ def command() -> Iterator[Callable[[str], Any]]:
     for module in set(sys.modules) - loaded:
         if module.startswith("bigmac_jax.commands."):
             del sys.modules[module]
+            delattr(sys.modules["bigmac_jax.commands"], module.rpartition(".")[2])  # where imports look first
 
 
 @pytest.fixture(scope="module")

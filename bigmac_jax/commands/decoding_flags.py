@@ -7,10 +7,13 @@ from absl import flags
 
 from bigmac_jax.commands import cli
 from bigmac_jax.config import Config, ConfigError, with_mesh
+from bigmac_jax.config.section import all_field_types
+from bigmac_jax.data.tokenizer import Tokenizer
 from bigmac_jax.inference import Generator
 from bigmac_jax.inference.drafter import DRAFTERS, Speculation
 from bigmac_jax.inference.kv_cache import WEIGHTS
 from bigmac_jax.model.resident import check_resident, is_resident, with_resident
+from bigmac_jax.model.transformer import check_length
 from bigmac_jax.training.workdir import read_config
 from bigmac_jax.tuning import restore
 
@@ -32,7 +35,12 @@ _RESIDENT_LAYERS = flags.DEFINE_integer(
 _RESIDENT_EXPERTS = flags.DEFINE_integer(
     "resident_experts", None, "Likewise, with so many experts of every layer on the device, the most used ones.", 0
 )
-_EXCHANGE = flags.DEFINE_string("exchange", "auto", "Strategy of the MoE layers' exchange; auto is the fastest here.")
+_EXCHANGE = flags.DEFINE_enum(
+    "exchange",
+    "auto",
+    all_field_types(Config)["execution.exchange"].choices,
+    "Strategy of the MoE layers' exchange; auto is the fastest here.",
+)
 _SPECULATE = flags.DEFINE_integer("speculate", 0, "Tokens that are drafted, and verified at once; 0 drafts none.")
 _DRAFT_WITH = flags.DEFINE_enum(
     "draft_with",
@@ -61,16 +69,29 @@ def read_run(workdir: pathlib.Path) -> Config:
     return with_mesh(read_config(workdir), cli.OVERRIDES)
 
 
-def load_generator(workdir: pathlib.Path, config: Config, speculate: Speculation) -> Generator:
-    """A generator of the run's model, on the mesh of `config`, which becomes the current one."""
+def max_length(config: Config) -> int:
+    """Tokens of a prompt and its completion."""
+    return _MAX_LENGTH.value or config.data.sequence_length
+
+
+def enter_mesh(config: Config, speculate: Speculation) -> Config:
+    """Makes the mesh of `config` the current one, and returns the config with what flags say of the experts; raises
+    ConfigError for flags that the model cannot be decoded with, which is not read yet."""
     config = with_resident(config, _RESIDENT_LAYERS.value, _RESIDENT_EXPERTS.value)
+    dataclasses.replace(config.execution, exchange=_EXCHANGE.value)  # which the run's other settings may not go with
+    check_length("max_length", _MAX_LENGTH.value, config)
     check_resident(config, cli.enter_mesh(config, fit_batch=False))
     speculate.check(config)
+    return config
+
+
+def load_generator(workdir: pathlib.Path, config: Config, speculate: Speculation, tokenizer: Tokenizer) -> Generator:
+    """A generator of the run's model, on the current mesh."""
     config, model = restore(workdir, _STEP.value, config, in_host=is_resident(config))
     if _UNROLL.value:
         execution = dataclasses.replace(config.execution, unroll_layers=config.model.depth)
         config = dataclasses.replace(config, execution=execution)
     return Generator(
-        config, model, _MAX_LENGTH.value, BATCH_SIZE.value, exchange=_EXCHANGE.value, consume=True,
+        config, model, _MAX_LENGTH.value, BATCH_SIZE.value, tokenizer, _EXCHANGE.value, consume=True,
         weights=_WEIGHTS.value, speculate=speculate,
     )  # fmt: skip

@@ -14,11 +14,12 @@ from absl import flags
 from bigmac_jax.commands import cli, decoding_flags
 from bigmac_jax.config import ConfigError, strict_json
 from bigmac_jax.inference import Completion, Generator, Request, Sampling
+from bigmac_jax.inference.generator import encode_requests
 from bigmac_jax.inference.requests import Row, check_output, make_answer, open_output, read_requests, share_requests
 from bigmac_jax.runtime import hosts
 from bigmac_jax.runtime.clock import clock
 from bigmac_jax.runtime.progress import Progress, Waiting
-from bigmac_jax.training.workdir import locate_workdir
+from bigmac_jax.training.workdir import load_run_tokenizer, locate_workdir
 
 flags.adopt_module_key_flags(decoding_flags)
 _PROMPT = flags.DEFINE_string("prompt", None, "The text to go on from.")
@@ -45,7 +46,7 @@ def main() -> None:
             _MAX_TOKENS.value, _TEMPERATURE.value, _TOP_K.value, _TOP_P.value, tuple(_STOP.value), _IGNORE_EOS.value,
             _SEED.value,
         )  # fmt: skip
-        speculate = decoding_flags.speculation()
+        speculate, tokenizer = decoding_flags.speculation(), load_run_tokenizer(workdir, config)
         requests = [({}, Request(prompt, sampling))] if prompt is not None else read_requests(_PROMPTS.value, sampling)
         if prompt is not None and not _JSON.value and _OUTPUT.value != "-":
             raise ConfigError(f"--output={_OUTPUT.value} takes the answers to --prompts; give those, or --json")
@@ -55,7 +56,9 @@ def main() -> None:
     if prompt is None:
         requests = share_requests(_PROMPTS.value, requests, sampling)
     with Waiting("reading the model", _is_quiet()):
-        generator = decoding_flags.load_generator(workdir, config, speculate)
+        config, asked = decoding_flags.enter_mesh(config, speculate), [request for _, request in requests]
+        encode_requests(asked, tokenizer, config.model.vocab_size, decoding_flags.max_length(config))
+        generator = decoding_flags.load_generator(workdir, config, speculate, tokenizer)
     if prompt is not None and not _JSON.value:
         _show(generator, prompt, sampling)
     else:
@@ -78,7 +81,6 @@ def _show(generator: Generator, prompt: str, sampling: Sampling) -> None:
 def _answer(generator: Generator, requests: list[tuple[Row, Request]]) -> None:
     """Writes answers in the order of the prompts, each as soon as those before it are there."""
     start, tokens, written = time.perf_counter(), 0, 0
-    generator.check([request for _, request in requests])  # before a file is overwritten
     quiet = _is_quiet()
     target = _OUTPUT.value if hosts.is_first() else os.devnull
     there: dict[int, Completion] = {}

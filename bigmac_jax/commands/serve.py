@@ -11,6 +11,7 @@ from absl import flags
 
 from bigmac_jax.commands import cli, decoding_flags
 from bigmac_jax.config import ConfigError
+from bigmac_jax.inference.engine import count_pages
 from bigmac_jax.runtime import hosts
 from bigmac_jax.runtime.progress import Waiting
 from bigmac_jax.runtime.storage import absolute
@@ -18,7 +19,7 @@ from bigmac_jax.serving.dialogue import load_dialogue
 from bigmac_jax.serving.limits import Limits, finite_seconds
 from bigmac_jax.serving.lockstep import follow
 from bigmac_jax.serving.server import listen, serve
-from bigmac_jax.training.workdir import locate_workdir, use_saved_tokenizer
+from bigmac_jax.training.workdir import load_run_tokenizer, locate_workdir, use_saved_tokenizer
 
 flags.adopt_module_key_flags(decoding_flags)
 _HOST = flags.DEFINE_string("host", "127.0.0.1", "The address to listen at; 0.0.0.0 is all of this machine's.")
@@ -51,15 +52,17 @@ def main() -> int:
             arrival=finite_seconds("arrival", _ARRIVAL.value),
             drain=finite_seconds("drain", _DRAIN.value),
         )
-        speculate = decoding_flags.speculation()
+        speculate, tokenizer = decoding_flags.speculation(), load_run_tokenizer(workdir, config)
+        kept = use_saved_tokenizer(workdir, config).data.tokenizer  # beside which a template may stand
+        chat = load_dialogue(tokenizer, _CHAT_TEMPLATE.value, kept, workdir)
         if hosts.is_first():
             key, listening = _key(_API_KEY_FILE.value), listen(_HOST.value, _PORT.value)
     cli.agree(config, __name__)
     with Waiting("reading the model", not hosts.is_first()):
-        generator = decoding_flags.load_generator(workdir, config, speculate)
-    with hosts.raise_together():
-        kept = use_saved_tokenizer(workdir, config).data.tokenizer  # beside which a template may stand
-        chat = load_dialogue(generator.tokenizer, _CHAT_TEMPLATE.value, kept, workdir)
+        config = decoding_flags.enter_mesh(config, speculate)
+        if _CACHE_TOKENS.value:
+            count_pages(_CACHE_TOKENS.value, decoding_flags.max_length(config))
+        generator = decoding_flags.load_generator(workdir, config, speculate, tokenizer)
     engine = generator.engine(decoding_flags.BATCH_SIZE.value, positions=_CACHE_TOKENS.value, chunk=_CHUNK.value)
     with Waiting("compiling", not hosts.is_first()):
         engine.compile()

@@ -49,6 +49,19 @@ class _Dispatched(NamedTuple):
     tokens: int = 1  # of a row, at most
 
 
+def count_pages(positions: int, longest: int, page_size: int = PAGE_SIZE) -> int:
+    """Pages of each batch shard's part of a cache of so many positions; raises ConfigError where the longest request
+    has no room in it."""
+    shards, needed = batch_ranks(), -(-longest // page_size)
+    pages = -(-positions // (page_size * shards))
+    if pages < needed:
+        raise ConfigError(
+            f"the cache's {positions} positions are {pages * page_size} on each of {shards} batch shards, which must "
+            f"hold the longest request, {longest} tokens; use at least {shards * needed * page_size}"
+        )
+    return pages
+
+
 class Engine:
     """Decodes requests in slots, in the order of their arrival, over one paged cache.
 
@@ -88,13 +101,7 @@ class Engine:
         self.shards, self.slots = batch_ranks(), slots_per_shard(slots)
         self.longest, self._row_size = longest, ROW_PAGES * page_size
         self._table_size = -(-longest // page_size)  # K
-        pages = -(-positions // (page_size * self.shards))
-        if pages < self._table_size:
-            raise ConfigError(
-                f"the cache's {positions} positions are {pages * page_size} on each of {self.shards} batch shards, "
-                f"which must hold the longest request, {longest} tokens; use at least "
-                f"{self.shards * self._table_size * page_size}"
-            )
+        pages = count_pages(positions, longest, page_size)
         # A Mamba layer's past is of a whole prompt, and not of its pages; a next-token module has read the token behind
         # a page, too.
         reuse = reuse and not decoder.config.model.mamba_layers and decoder.next_tokens is None

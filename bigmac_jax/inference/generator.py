@@ -166,7 +166,7 @@ class Generator:
         if self._model is None:
             raise ConfigError("Generator(consume=True) has freed the model that scores; make it with consume=False")
         require(not isinstance(texts, str), "texts must be a list; put the one text into brackets")
-        token_ids = self._encode(texts, "text")
+        token_ids = _encode(texts, "text", self.tokenizer, self.vocab_size)
         for number, ids in enumerate(token_ids, 1):
             require(
                 len(ids) <= self._positions,
@@ -195,10 +195,6 @@ class Generator:
                     size = len((text if isinstance(text, str) else self.tokenizer.decode(ids)).encode())
                     scores[i] = Score(tuple(ids), tuple((-nll_L[: len(ids)]).tolist()), size)
         return [scores[i] for i in range(len(texts))]
-
-    def check(self, prompts: Sequence[Prompt | Request], **sampling: Any) -> None:
-        """Raises the ConfigError that `generate` would raise for these prompts, without computing anything."""
-        self._make_jobs(prompts, sampling)
 
     def engine(self, slots: int, jobs: Sequence[Job] = (), positions: int = 0, **sizes: Any) -> Engine:
         """Makes an engine of this model.
@@ -230,18 +226,9 @@ class Generator:
         requests = [
             prompt if isinstance(prompt, Request) else Request(prompt, Sampling(**sampling)) for prompt in prompts
         ]
-        encoded = self._encode([request.prompt for request in requests], "prompt", first)
-        jobs = []
-        for number, (ids, request) in enumerate(zip(encoded, requests, strict=True), first):
-            new = request.sampling.max_tokens
-            require(
-                len(ids) + new <= self.max_length,
-                f"prompt {number + 1} has {len(ids)} tokens, which with max_tokens={new} are {len(ids) + new}, and "
-                f"must be at most max_length={self.max_length}; use a shorter prompt, fewer max_tokens, or a longer "
-                f"max_length",
-            )
-            jobs.append(self.job(ids, request.sampling, number))
-        return jobs
+        encoded = encode_requests(requests, self.tokenizer, self.vocab_size, self.max_length, first)
+        pairs = zip(encoded, requests, strict=True)
+        return [self.job(ids, request.sampling, number) for number, (ids, request) in enumerate(pairs, first)]
 
     def _run(self, jobs: Sequence[Job]) -> Iterator[Step]:
         if not jobs:
@@ -260,15 +247,33 @@ class Generator:
                 )
                 yield step
 
-    def _encode(self, texts: Sequence[Prompt], what: str, first: int = 0) -> list[list[int]]:
-        """The token ids of each text, at least one, all in the vocabulary; errors count texts from first + 1."""
-        for number, text in enumerate(texts, first + 1):
-            _check_text(f"{what} {number}", text, self.vocab_size)
-        encoded = iter(self.tokenizer.encode_batch([text for text in texts if isinstance(text, str)]))
-        token_ids = [next(encoded) if isinstance(text, str) else list(text) for text in texts]
-        for number, ids in enumerate(token_ids, first + 1):
-            require(bool(ids), f"{what} {number} has no tokens; give text that the tokenizer keeps")
-        return token_ids
+
+def encode_requests(
+    requests: Sequence[Request], tokenizer: Tokenizer, vocab_size: int, max_length: int, first: int = 0
+) -> list[list[int]]:
+    """The token ids of each prompt; raises the ConfigErrors of `Generator.generate` that need no model."""
+    encoded = _encode([request.prompt for request in requests], "prompt", tokenizer, vocab_size, first)
+    for number, (ids, request) in enumerate(zip(encoded, requests, strict=True), first + 1):
+        new = request.sampling.max_tokens
+        require(
+            len(ids) + new <= max_length,
+            f"prompt {number} has {len(ids)} tokens, which with max_tokens={new} are {len(ids) + new}, and must be at "
+            f"most max_length={max_length}; use a shorter prompt, fewer max_tokens, or a longer max_length",
+        )
+    return encoded
+
+
+def _encode(
+    texts: Sequence[Prompt], what: str, tokenizer: Tokenizer, vocab_size: int, first: int = 0
+) -> list[list[int]]:
+    """The token ids of each text, at least one, all in the vocabulary; errors count texts from first + 1."""
+    for number, text in enumerate(texts, first + 1):
+        _check_text(f"{what} {number}", text, vocab_size)
+    encoded = iter(tokenizer.encode_batch([text for text in texts if isinstance(text, str)]))
+    token_ids = [next(encoded) if isinstance(text, str) else list(text) for text in texts]
+    for number, ids in enumerate(token_ids, first + 1):
+        require(bool(ids), f"{what} {number} has no tokens; give text that the tokenizer keeps")
+    return token_ids
 
 
 def _check_text(name: str, text: Prompt, vocab_size: int) -> None:

@@ -17,6 +17,7 @@ from jax.ad_checkpoint import checkpoint_name
 from bigmac_jax.config import Config, ConfigError
 from bigmac_jax.config.blocks import name_branches
 from bigmac_jax.data.batch import PADDING
+from bigmac_jax.data.documents import log_once
 from bigmac_jax.model.attention import Attention, Documents, find_documents
 from bigmac_jax.model.balance import BALANCE_BIAS
 from bigmac_jax.model.exchange.wire import EXCHANGED
@@ -30,9 +31,6 @@ from bigmac_jax.model.parameters import Declaration, declared, leaf_name, named_
 from bigmac_jax.model.resident import compute_layer, start
 from bigmac_jax.model.router import Padding
 from bigmac_jax.runtime import hosts
-
-_log = logging.getLogger(__name__)
-
 
 ENTERED = "entered"  # what enters a layer: execution.remat=offload moves it to host memory
 TokenMixer = Attention | Mamba
@@ -392,4 +390,4 @@ def check_length(name: str, length: int, config: Config) -> None:
     if length > longest and config.model.positions == "learned":
         raise ConfigError(f"{name}={length} must be at most the {longest} learned positions; use {longest}")
     if length > longest and hosts.is_first():
-        _log.warning("%s=%d is more than the %d tokens that the model was made for", name, length, longest)
+        log_once(logging.WARNING, f"{name}={length} is more than the {longest} tokens that the model was made for")

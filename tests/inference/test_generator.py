@@ -196,8 +196,6 @@ def test_nothing_asked(generator: Generator) -> None:
 def test_bad_prompts(generator: Generator, prompts: list[Any], sampling: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         generator.generate(prompts, **sampling)
-    with pytest.raises(ConfigError, match=message):
-        generator.check(prompts, **sampling)
 
 
 def test_a_prompt_that_the_tokenizer_drops(generator: Generator, monkeypatch: pytest.MonkeyPatch) -> None:
