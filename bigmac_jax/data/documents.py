@@ -188,11 +188,13 @@ class _Decoder:
 
 
 def cut_text(text: str, size: int = PIECE) -> Iterator[str]:
-    """Cuts a long text into pieces of 1 to 2 × `size` characters whose tokens, joined, are those of the whole text.
+    """Cuts a long text into pieces of 1 to 2 × `size` characters whose tokens, joined, are those of the whole text, but
+    for a few at a cut.
 
-    The cut lies before a space or newline that follows a visible character: byte-level BPE never merges across it.
-    Only where `size` characters hold no such place is it forced; the tokens at that cut may then differ from those
-    of a text that was never cut.
+    The cut lies before a space or newline that follows a visible character: byte-level BPE in GPT-2's way never merges
+    across it. Where others (Qwen, Llama 3, cl100k) join a newline to the punctuation before it, the tokens of these may
+    be others, and so may those at a cut that is forced, as `size` characters hold no such place. Other cuts would give
+    every long document another first piece, which says what split it belongs to (`splits`).
     """
     return cut_chunks([text], size)
 

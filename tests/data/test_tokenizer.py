@@ -8,7 +8,7 @@ import time
 import pytest
 import tokenizers
 from conftest import SAMPLE
-from tokenizers import models
+from tokenizers import models, pre_tokenizers
 
 from bigmac_jax.config import Config, ConfigError, DataConfig, TrainConfig, TuningConfig
 from bigmac_jax.data import tokenizer as module
@@ -79,6 +79,21 @@ def test_pieces_give_the_tokens_of_the_whole(sotu, gpt2):
         cut = list(cut_text(text, 100))
         assert len(cut) > len(text) / 300
         assert [i for ids in tokenizer.encode_batch(cut) for i in ids] == whole
+
+
+def test_a_cut_behind_punctuation_may_change_its_tokens():
+    """Where a tokenizer's pattern joins a newline to it, as Qwen's; there alone."""
+    pattern = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\p{L}+|\p{N}|\s*[\r\n]+|\s+(?!\S)|\s+"
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocab = {character: i for i, character in enumerate([*alphabet, ".Ċ", "aĊ"])}
+    tokenizer = tokenizers.Tokenizer(models.BPE(vocab=vocab, merges=[(".", "Ċ"), ("a", "Ċ")]))
+    split = pre_tokenizers.Split(tokenizers.Regex(pattern), "isolated")
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, byte_level])
+    for line, changed in (("aaaaaaa.\n", 1), ("aaaaaaaa\n", 0), ("aaaa. aa\n", 0)):
+        pieces = list(cut_text(line * 100, 100))
+        apart = [i for piece in pieces for i in tokenizer.encode(piece).ids]
+        assert len(apart) - len(tokenizer.encode(line * 100).ids) == changed * (len(pieces) - 1) and len(pieces) > 5
 
 
 def test_pieces_are_bounded():
