@@ -50,7 +50,7 @@ def open_sources(
             setting, part, part_split = MIXTURE if data.mixture else "data.source", own[name], split
         else:
             held, part_split = ("", split) if has_splits(name) else ("-", "train")  # nothing is held out of a file
-            alone = {"mixture": "", "curriculum": "", "validation_source": held, "test_source": held}
+            alone: dict[str, Any] = {"mixture": "", "curriculum": "", "validation_source": held, "test_source": held}
             setting, part = "--sources", dataclasses.replace(data, source=name, **alone)
         streams[label] = open_stream(dataclasses.replace(config, data=part), part_split, tokenizer, setting=setting)
     return streams
