@@ -33,19 +33,17 @@ def convert(config: Config, tree: Any, *, consume: bool, weights: str, gathered:
     return [jax.tree.unflatten(treedef, part) for part in zip(*converted, strict=True)]
 
 
-def hold_experts(
-    config: Config, stacks: dict[Any, Any], *, consume: bool, weights: str, gathered: bool
-) -> tuple[dict[Any, Any], Any]:
+def hold_experts(config: Config, stacks: dict[Any, Any], *, consume: bool, weights: str) -> tuple[dict[Any, Any], Any]:
     """Takes the experts of all layers from the stacks → the stacks without, and the experts' parameters in host memory,
-    [Y, …], as a decoder keeps them."""
+    [Y, …], as a decoder keeps them. What mesh.fsdp has split stays so: a host has no room for every rank's whole, and
+    less of it is copied."""
     experts = {stack: of.mlp.experts for stack, of in stacks.items() if stack.experts}
     leaves, trees = zip(*map(jax.tree.flatten, experts.values()), strict=True)
     declarations = jax.tree.leaves(map_declared(lambda declaration, _: declaration, next(iter(experts.values()))))
-    gathered, int8 = gathered and config.mesh.fsdp, weights == "int8"
+    int8 = weights == "int8"
 
     def of_layer(declaration: Declaration, w: Array) -> Any:
         dtype = declaration.crossing(config.execution).compute
-        w = _gather(w, declaration, str(w.dtype) if int8 else dtype) if gathered else w
         return _convert_leaf(w, declaration, dtype, int8, 0)[0]
 
     held = []

@@ -116,8 +116,8 @@ class Generator:
         self.vocab_size = config.model.vocab_size
         check_resident(config, self.mesh)
         self._model = None if consume else hold(config, model) if is_resident(config) else model
-        gathered = consume and _fits_gathered(config, weights)
         by_module = speculate.by_module(config)
+        gathered = consume and _fits_gathered(config, weights, by_module)
         self._decoder = make_decoder(config, model, exchange, consume, weights, gathered, next_tokens=by_module)
         self._programs = make_decode_programs(self._decoder)
         self.drafts: Drafts | None = None
@@ -294,13 +294,12 @@ def _completion(job: Job) -> Completion:
     return Completion(text.text, tuple(text.tokens), tuple(text.logprobs), text.finish_reason, len(job.prompt))
 
 
-def _fits_gathered(config: Config, weights: str) -> bool:
+def _fits_gathered(config: Config, weights: str, by_module: bool = False) -> bool:
     """Whether a device's weights take at most half of its memory where mesh.fsdp splits none, in all processes; a line
-    says if not."""
+    says if not. `by_module` as in `Speculation`."""
     if not config.mesh.fsdp:
         return True
-    whole = dataclasses.replace(config, mesh=dataclasses.replace(config.mesh, fsdp=False))
-    numbers = parameters(whole, jax.sharding.get_mesh().shape).of_a_rank
+    numbers = _numbers_on_device(config, by_module)
     size = numbers * {"float32": 4, "int8": 1}.get(weights or config.execution.dtype, 2)
     own = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit", math.inf)
     memory = min(map(float, hosts.gather(str(own))))  # or they would compile other programs
@@ -311,3 +310,18 @@ def _fits_gathered(config: Config, weights: str) -> bool:
             sys.stderr,  # completions stand on the other one
         )
     return size <= memory / 2
+
+
+def _numbers_on_device(config: Config, by_module: bool) -> int:
+    """Parameters of a decoder that a rank's device holds where mesh.fsdp splits none: of experts in host memory those
+    of the layers in the ring, or of the slots."""
+    m, mesh, execution = config.model, config.mesh, config.execution
+    model = dataclasses.replace(m, mtp_modules=int(by_module), mtp_blocks=m.mtp_blocks if by_module else "")
+    whole = dataclasses.replace(config, model=model, mesh=dataclasses.replace(mesh, fsdp=False))
+    count = parameters(whole, jax.sharding.get_mesh().shape)
+    if not is_resident(config):
+        return count.of_a_rank
+    ranks = mesh.expert_ranks * (mesh.tensor if mesh.split_experts else 1)
+    of_layer = count.parts["experts"] // model.count_trained("E") // ranks
+    layers = m.moe_layers * execution.resident_experts // m.expert_count or max(2, execution.resident_layers)
+    return count.of_a_rank - (m.moe_layers - layers) * of_layer

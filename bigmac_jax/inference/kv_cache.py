@@ -86,7 +86,8 @@ def make_decoder(
         used any more.
       weights: float32, bfloat16 or int8; "" keeps execution.dtype. The computation is in the same dtype, with int8 in
         execution.dtype.
-      gathered: what mesh.fsdp has split is gathered now, and kept, instead of in every step.
+      gathered: what mesh.fsdp has split is gathered now, and kept, instead of in every step; experts in host
+        memory stay split.
       next_tokens: keeps the model's first next-token module, for drafts; the others, or all, are left out.
 
     Raises:
@@ -112,7 +113,7 @@ def make_decoder(
     to_decoder = functools.partial(convert, config, consume=consume, weights=weights, gathered=gathered)
     store = None
     if is_resident(config):
-        stacks, store = hold_experts(config, stacks, consume=consume, weights=weights, gathered=gathered)
+        stacks, store = hold_experts(config, stacks, consume=consume, weights=weights)
     groups: list[Group] = []
     for loop in config.model.stacks_of_loops:
         parts = [to_decoder(stacks[stack], layers=len(stack.layers) * one_by_one) for stack in loop]

@@ -32,6 +32,8 @@ def describe(config: Config, sizes: Sizes, hardware: Hardware | None) -> dict[st
         return _describe_experts(config, sizes, hardware)
     layers, held = config.model.moe_layers, config.execution.resident_layers
     of_layer = expert_numbers(config, sizes) // layers * config.execution.dtype_bytes
+    if config.mesh.fsdp:  # which splits them over all ranks of a replica
+        of_layer //= sizes.get("data", 1) * (1 if config.mesh.split_experts else sizes.get("tensor", 1))
     found: dict[str, Any] = {
         "layers": layers,
         "resident_layers": held,

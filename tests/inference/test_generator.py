@@ -21,6 +21,7 @@ from bigmac_jax.inference.decoding import DecodePrograms, make_decode_programs, 
 from bigmac_jax.inference.generator import _fits_gathered
 from bigmac_jax.inference.kv_cache import make_decoder
 from bigmac_jax.inference.requests import check_output, make_answer, open_output, read_requests, share_requests
+from bigmac_jax.model.counts import parameters
 from bigmac_jax.runtime import hosts
 
 LENGTH, NEW = 48, 12
@@ -369,6 +370,20 @@ def test_a_server_gathers_what_fits(
         assert _fits_gathered(config, "") == gathered
     out, err = capsys.readouterr()
     assert ("weights stay split" in err) != gathered and not out  # of completions alone
+
+
+@pytest.mark.parametrize("fields", [{"resident_layers": 1}, {"mtp_modules": 1}], ids=lambda fields: next(iter(fields)))
+def test_what_no_device_holds_needs_no_room(fields: dict[str, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Experts in host memory, but for the two layers of the ring, and a next-token module that drafts nothing."""
+    config = tiny((2, 1, 1, 1, True), num_layers=8, num_experts=64, **fields)
+    with on_mesh(config):
+        parts = [parameters(of, {}).parts for of in (config, tiny(num_layers=8, num_experts=64))]
+        numbers = sum(parts[1].values()) - parts[1]["experts"] * ("resident_layers" in fields) * 6 // 8
+        assert numbers < sum(parts[0].values())
+        for memory in (8 * numbers - 1, 8 * numbers):
+            device = SimpleNamespace(memory_stats=lambda memory=memory: {"bytes_limit": memory})
+            monkeypatch.setattr(jax, "local_devices", lambda device=device: [device])
+            assert _fits_gathered(config, "float32") == (memory == 8 * numbers)
 
 
 def test_the_smallest_memory_says_what_fits(monkeypatch: pytest.MonkeyPatch) -> None:

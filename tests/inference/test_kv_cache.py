@@ -55,7 +55,7 @@ def step(decoder: Decoder, cache: Cache, tokens_ST: jax.Array, rows: Rows) -> tu
     return compute_last_logits(decoder, x_STD, rows.count_SW), cache
 
 
-def paged_and_full(config: Config, exchange: str) -> tuple[np.ndarray, np.ndarray]:
+def paged_and_full(config: Config, exchange: str, gathered: bool = False) -> tuple[np.ndarray, np.ndarray]:
     """The logits of every position that a step ends at, [positions, V] each: prompts in rows of a page, then token by
     token."""
     draw = np.random.default_rng(1)
@@ -67,12 +67,12 @@ def paged_and_full(config: Config, exchange: str) -> tuple[np.ndarray, np.ndarra
         model = random_model(config)
         full = jax.jit(lambda model, tokens: model(tokens, evaluating=True)[0])
         full_NLV = np.asarray(full(model, split_tokens(tokens_NL)))
-        decoder = make_decoder(config, model, exchange)
+        decoder = make_decoder(config, model, exchange, gathered=gathered)
         pages = LENGTH // PAGE
         # Any order of pages, one that belongs to nobody among them.
         order = [draw.permutation(B * pages + 1)[: B * pages].reshape(B, pages) for _ in range(shards)]
         table_NK = np.concatenate(order).astype(np.int32)
-        cache = jax.jit(lambda: make_cache(decoder, B * pages + 1, PAGE, B))()
+        cache = jax.jit(lambda decoder: make_cache(decoder, B * pages + 1, PAGE, B))(decoder)
         run = jax.jit(step, donate_argnums=1)
         found, expected = [], []
 
@@ -149,6 +149,25 @@ def test_what_fsdp_split_is_gathered_once(weights: str) -> None:
         np.testing.assert_array_equal(w, whole)
         matrix_of_experts = "experts" in str(path) and whole.ndim == 4
         assert axes_of(whole.sharding.spec) - {"tensor"} == ({"node", "expert"} if matrix_of_experts else set()), path
+
+
+@pytest.mark.parametrize("weights", ["", "int8"])
+def test_experts_in_host_memory_stay_split(weights: str) -> None:
+    """A host has no room for the whole ones of each of its ranks, and a rank copies its share alone."""
+    config = tiny((2, 1, 2, 1, True, False), num_layers=3, resident_layers=1)
+    with on_mesh(config):
+        decoder = make_decoder(config, random_model(config), weights=weights, gathered=True)
+    stored, others = jax.tree.leaves(decoder.store), jax.tree.leaves((decoder.ends, decoder.groups))
+    assert any("data" in axes_of(w.sharding.spec) for w in stored)
+    assert not any("data" in axes_of(w.sharding.spec) for w in others)
+
+
+@pytest.mark.full
+def test_experts_that_stay_split_compute_beside_gathered_weights() -> None:
+    config = config_of("bigmac", "2x2", "present", num_layers=3, resident_layers=1)
+    config = dataclasses.replace(config, mesh=dataclasses.replace(config.mesh, fsdp=True))
+    found, expected = paged_and_full(config, "auto", gathered=True)
+    assert np.abs(found - expected).max() <= 1e-5 * np.abs(expected).max()
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from bigmac_jax.config import ConfigError, load_config
+from bigmac_jax.config import ConfigError, load_config, with_overrides
 from bigmac_jax.planning import hlo, report, residency, topologies
 from bigmac_jax.planning.hardware import load_hardware
 from bigmac_jax.planning.host_copies import HostCopy, argument_bytes, host_copies
@@ -58,6 +58,9 @@ def test_a_decoder_has_no_next_token_modules_and_no_network_of_the_router(held: 
 def test_each_rank_has_its_part() -> None:
     config = load_config(f"{CONFIGS}/qwen3_30b.py", ("mesh.fsdp=False", "execution.resident_layers=1"))
     assert residency.expert_numbers(config, {"expert": 4}) == 48 * QWEN_LAYER // 2 // 4
+    for fsdp, ranks in (("False", 4), ("True", 4 * 2)):
+        split = with_overrides(config, [f"mesh.fsdp={fsdp}"])
+        assert residency.describe(split, {"data": 2, "expert": 4}, None)["host_bytes"] == 48 * QWEN_LAYER // ranks
     assert residency.describe(config, {"expert": 4}, None)["ring_bytes"] == 2 * QWEN_LAYER // 4  # two slots, at least
     unknown = dataclasses.replace(load_hardware("v6e"), host_bandwidth=None)
     with pytest.raises(ConfigError, match=r"^resident_layers=1 needs .* TPU v6 lite .*; add host_bandwidth$"):
