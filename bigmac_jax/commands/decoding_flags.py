@@ -6,7 +6,7 @@ import pathlib
 from absl import flags
 
 from bigmac_jax.commands import cli
-from bigmac_jax.config import Config, ConfigError, with_mesh
+from bigmac_jax.config import Config, ConfigError, with_mesh, with_overrides
 from bigmac_jax.config.section import all_field_types
 from bigmac_jax.data.tokenizer import Tokenizer
 from bigmac_jax.inference import Generator
@@ -78,7 +78,7 @@ def enter_mesh(config: Config, speculate: Speculation) -> Config:
     """Makes the mesh of `config` the current one, and returns the config with what flags say of the experts; raises
     ConfigError for flags that the model cannot be decoded with, which is not read yet."""
     config = with_resident(config, _RESIDENT_LAYERS.value, _RESIDENT_EXPERTS.value)
-    dataclasses.replace(config.execution, exchange=_EXCHANGE.value)  # which the run's other settings may not go with
+    with_overrides(config, [f"execution.exchange={_EXCHANGE.value}"])  # which the run's other settings may not go with
     check_length("max_length", _MAX_LENGTH.value, config)
     check_resident(config, cli.enter_mesh(config, fit_batch=False))
     speculate.check(config)
