@@ -16,13 +16,12 @@ from bigmac_jax.model.exchange import STRATEGIES
 from bigmac_jax.model.memory import checkpoint_bytes, describe_copies, host_memory, rank_memory, state_memory
 from bigmac_jax.model.mesh import EXPERT_GROUP, ExpertGroup
 from bigmac_jax.model.resident import is_resident
-from bigmac_jax.model.traffic import exchange_traffic, exchanged_bytes, tokens_at_a_time
+from bigmac_jax.model.traffic import exchange_traffic, exchanged_bytes, sends_ragged, tokens_at_a_time
 from bigmac_jax.planning import comparison, compiled_programs, paper, residency, scaling, search, topologies
 from bigmac_jax.planning.abstract_programs import NAMES, SERVING
 from bigmac_jax.planning.candidates import REMAT, Machine
 from bigmac_jax.planning.cost import step_time
 from bigmac_jax.planning.drops import measured_drops
-from bigmac_jax.planning.hardware import Hardware
 from bigmac_jax.planning.job import HIDDEN, TERMS
 from bigmac_jax.planning.place import (
     Place,
@@ -91,7 +90,7 @@ def make_plan(config: Config, request: Request) -> dict[str, Any]:
         names = [name for name in REMAT if name != "offload" or place.hardware.host_bandwidth]
         result["recomputation"] = [_recomputation(config, name, sizes, place) for name in names]
     if request.options:
-        result["compiler_options"] = _options(config, require_hardware(place, "--options"))
+        result["compiler_options"] = _options(config, place, sizes)
     if is_resident(config):
         result["resident"] = residency.describe(config, sizes, place.hardware)
     if axes:
@@ -220,13 +219,13 @@ def _traffic(config: Config, ranks: int, group: ExpertGroup, name: str) -> dict[
     }
 
 
-def _options(config: Config, hardware: Hardware) -> list[dict[str, Any]]:
+def _options(config: Config, place: Place, sizes: Sizes) -> list[dict[str, Any]]:
     """The options that the training step is compiled with there; `why` of one that the config gives is ""."""
-    execution = config.execution
+    execution, hardware = config.execution, require_hardware(place, "--options")
     defaults = environment.default_options(
         hardware,
         overlap=execution.overlap_chunks > 1,
-        ragged=execution.exchange == "ragged",
+        ragged=sends_ragged(config, place.devices, expert_groups(sizes, place)[0]),
         offload=execution.offload_optimizer,
     )
     options = defaults | {name: (value, "") for name, value in parse_options(execution.compiler_options).items()}

@@ -21,9 +21,10 @@ from bigmac_jax.config.compiler_options import parse_options
 from bigmac_jax.data.batch import Batch
 from bigmac_jax.model.adapters import attached, make_adapters, merged
 from bigmac_jax.model.balance import update_bias
-from bigmac_jax.model.mesh import batch_spec, placed, platform, replicated_spec
+from bigmac_jax.model.mesh import batch_spec, current_group, placed, platform, replicated_spec
 from bigmac_jax.model.moe import RouterBias
 from bigmac_jax.model.parameters import leaf_name, map_declared
+from bigmac_jax.model.traffic import sends_ragged
 from bigmac_jax.model.transformer import Transformer, init_model
 from bigmac_jax.runtime import environment
 from bigmac_jax.training.accumulation import accumulate
@@ -251,7 +252,7 @@ def make_trainer(config: Config, mesh: Mesh, teacher: Config | None = None) -> T
         compiler_options=environment.compiler_options(
             mesh.devices.flat[0],
             overlap=execution.overlap_chunks > 1,
-            ragged=execution.exchange == "ragged",
+            ragged=any(sends_ragged(model, mesh.size, current_group()) for model in (config, teacher) if model),
             offload=execution.offload_optimizer,
             given=parse_options(execution.compiler_options),
         ),

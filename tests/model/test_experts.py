@@ -101,9 +101,29 @@ def test_rows_of_a_tile(rows: int, tile: int, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(grouped_matmul, "platform", lambda: "tpu")
     assert grouped_matmul.row_tile(rows) == tile
     # The whole matrix of an expert where it has at most a million entries.
-    assert grouped_matmul._tiling(rows, 2048, 512) == (tile, 2048, 512)
-    assert grouped_matmul._tiling(rows, 2048, 513) == (tile, 1024, 513)
-    assert grouped_matmul._tiling(rows, 600, 4096) == (tile, 600, 1024)
+    assert grouped_matmul._tiling(2, rows, 2048, 512) == (tile, 2048, 512)
+    assert grouped_matmul._tiling(2, rows, 2048, 513) == (tile, 1024, 513)
+    assert grouped_matmul._tiling(2, rows, 600, 4096) == (tile, 600, 1024)
+
+
+@pytest.mark.parametrize(
+    ("itemsize", "X", "Y", "tile"),
+    [
+        (2, 512, 2048, (512, 2048)),  # 2 · 2 · (256 · 2,560 + 2²⁰) bytes
+        (2, 128, 8192, (128, 8192)),  # 12.1 MiB
+        (4, 256, 4096, (256, 1024)),  # 16.5
+        (4, 4096, 256, (1024, 256)),
+        (4, 8192, 128, (1024, 128)),  # 24.3
+        (4, 512, 2048, (512, 2048)),  # 13
+        (4, 1024, 1025, (1024, 1024)),
+    ],
+)
+def test_tiles_of_a_product(
+    itemsize: int, X: int, Y: int, tile: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They fit into the 16 MiB of v5e."""
+    monkeypatch.setattr(grouped_matmul, "row_tile", lambda rows: 256)
+    assert grouped_matmul._tiling(itemsize, 512, X, Y) == (256, *tile)
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """Attention over pages is softmax(q kᵀ) v of each sequence, however many pages it has and wherever they stand."""
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -86,8 +87,26 @@ def test_a_page_is_emptied_when_it_is_begun(monkeypatch: pytest.MonkeyPatch) -> 
         np.testing.assert_array_equal(kept, np.where(expected > 0, expected, -1))
 
 
+def test_a_call_of_tpus_kernel_has_room_for_its_table(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A row of 8,192 pages has 32 KiB of a core's 1 MiB of scalar memory; rows go in order, whatever the calls."""
+    tables = []
+
+    def attend(q_wNH: Any, keys: Any, values: Any, length_w: Any, table_wK: Any, **_: Any) -> Any:
+        tables.append(table_wK.shape)
+        return q_wNH + length_w[:, None, None]
+
+    monkeypatch.setattr(paged_attention.tpu, "paged_attention", attend)
+    W, K, H = 37, 8192, 4
+    q_GWXH, position_W = jnp.arange(W * H, dtype=jnp.float32).reshape(1, W, 1, H), jnp.arange(W)
+    pages = jnp.zeros((1, 2, 16, H))
+    y_GWXH = paged_attention.kernel(q_GWXH, pages, pages, jnp.zeros((W, K), jnp.int32), position_W)
+    assert tables == [(13, K), (13, K), (11, K)]
+    np.testing.assert_array_equal(y_GWXH, q_GWXH + 1 + position_W[None, :, None, None])
+
+
 @pytest.mark.full
-def test_the_kernel_of_tpu_gives_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("table_bytes", [1 << 19, 130])
+def test_the_kernel_of_tpu_gives_the_same(table_bytes: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Interpreted, with products of one bfloat16 pass, as TPUs have them; all that nobody has written is NaN, as what a
     request whose activations overflow leaves behind."""
     draw, (W, K, heads, H, page) = np.random.default_rng(0), (4, 10, 3, 128, 16)
@@ -105,6 +124,7 @@ def test_the_kernel_of_tpu_gives_the_same(monkeypatch: pytest.MonkeyPatch) -> No
         )
     keys, values = keys.astype(np.float32), values.astype(np.float32)
     monkeypatch.undo()
+    monkeypatch.setattr(paged_attention, "_TABLE_BYTES", table_bytes)
     q_GWXH = (draw.standard_normal((G, W, heads, H)) / np.sqrt(H)).astype(np.float32)
     position_W = (length_W - 1).astype(np.int32)
     expected = np.asarray(jax.jit(paged_attention.paged_attention)(q_GWXH, keys, values, table_WK, position_W[:, None]))

@@ -500,6 +500,9 @@ def test_options_of_the_compiler() -> None:
     assert shown(made).count("Gathers of parameters are carried in fusions") == 1
     plain = make_plan(load_config("qwen3_30b"), Request(devices=32, hardware="h100", options=True))
     (row,) = plain["compiler_options"]
+    dropless = ["execution.exchange=auto", "model.capacity_factor=inf", "mesh.expert=8", "data.batch_size=64"]
+    ragged = make_plan(load_config("qwen3_30b", dropless), Request(topology="h100:1x8", options=True))
+    assert not ragged["compiler_options"]  # for what auto takes there, the scheduler is not safe
     assert row["name"] == "xla_gpu_enable_latency_hiding_scheduler" and "asynchronous" in row["why"]
     with pytest.raises(ConfigError, match="--options"):
         make_plan(config, Request(options=True))

@@ -13,7 +13,7 @@ from model.tools import assert_close, leaf_name, leaves, on_mesh, random_tokens,
 
 from bigmac_jax.config import Config, OptimizerConfig, TrainConfig
 from bigmac_jax.data.batch import batch_from_windows
-from bigmac_jax.model.mesh import make_mesh
+from bigmac_jax.model.mesh import ExpertGroup, make_mesh
 from bigmac_jax.runtime import environment
 from bigmac_jax.training.programs import step_program
 from bigmac_jax.training.step import _Programs, make_trainer
@@ -222,6 +222,24 @@ def test_compiler_options_reach_the_step(chunks: int, monkeypatch: pytest.Monkey
         lowered = trainer.step.lower(trainer.abstract_state, batch, trainer.rate(0))
         with pytest.raises(jax.errors.JaxRuntimeError, match=f"xla_of_cpu_{chunks > 1}"):
             lowered.compile()
+
+
+@pytest.mark.parametrize(
+    ("exchange", "capacity", "ranks", "ragged"),
+    [("auto", math.inf, 2, True), ("auto", 1.25, 2, False), ("auto", math.inf, 1, False), ("ragged", 1.25, 2, True)],
+)
+def test_the_compiler_is_told_of_ragged_exchanges(
+    exchange: Any, capacity: float, ranks: int, ragged: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of those that `auto` takes on GPUs as well: one of its schedules is not safe with them."""
+    told = {}
+    monkeypatch.setattr(environment, "compiler_options", lambda device, **options: told.update(options))
+    of_gpus = ExpertGroup((1, ranks), "gpu", "NVIDIA H100 80GB HBM3")
+    monkeypatch.setattr("bigmac_jax.training.step.current_group", lambda: of_gpus)
+    config = tiny(exchange=exchange, capacity_factor=capacity)
+    with on_mesh(config):
+        make_trainer(config, make_mesh(config))
+    assert told["ragged"] is ragged
 
 
 def test_a_configs_options_reach_the_step() -> None:

@@ -21,7 +21,7 @@ from bigmac_jax.model.mesh import AXES, platform
 # 8.5 MiB, its buffers doubled; a kernel has 16 MiB on v5e.
 _ROW_TILE = 256
 _MATRIX_TILE = 2**20
-_GRADIENT_BYTES = 15 << 20
+_TILE_BYTES = 15 << 20
 
 
 def grouped_matmul(x_MX: Array, w_eXY: Array | InStack, sizes_e: Array) -> Array:
@@ -31,7 +31,7 @@ def grouped_matmul(x_MX: Array, w_eXY: Array | InStack, sizes_e: Array) -> Array
     widens it.
 
     On TPU jax's Pallas megablox kernel, because plain `ragged_dot` compiles to a product over every group on v5e and
-    v6e; M must be a multiple of its row tile. On GPU, where it is one everywhere, our own (`gpu_kernels`).
+    v6e; M must be a multiple of its row tile. On GPU, where it is one everywhere, our own (`grouped_matmul_gpu`).
 
     Args:
       w_eXY: one `InStack` is read where it stands, and has no gradient.
@@ -87,7 +87,8 @@ def _gmm(x_MX: Array, w_iXY: Array, sizes_e: Array, first: Array | None = None, 
 
     # The kernel multiplies group i with matrix i - group_offset.
     offset = None if first is None else -first
-    kind = {"preferred_element_type": x_MX.dtype, "tiling": _tiling, "transpose_rhs": transpose_rhs}
+    tiling = partial(_tiling, x_MX.dtype.itemsize)
+    kind = {"preferred_element_type": x_MX.dtype, "tiling": tiling, "transpose_rhs": transpose_rhs}
     return gmm(x_MX, w_iXY, sizes_e, group_offset=offset, **kind)
 
 
@@ -109,20 +110,32 @@ def row_tile(rows: int) -> int:
     return tile if tile >= _ROW_TILE // 2 else _ROW_TILE
 
 
-def _tiling(M: int, X: int, Y: int) -> tuple[int, int, int]:
-    """Tiles of the Pallas kernel for [M, X] times [X, Y]; the gradients ask for theirs.
+def _tiling(itemsize: int, M: int, X: int, Y: int) -> tuple[int, int, int]:
+    """Tiles of the Pallas kernel for [M, X] times [X, Y], numbers of so many bytes; the gradients ask for theirs.
 
     An expert's whole matrix is one tile where it fits: it stays in fast memory while all rows of the expert pass.
     """
-    return row_tile(M), *((X, Y) if X * Y <= _MATRIX_TILE else (min(X, 1024), min(Y, 1024)))
+
+    def fits(m: int, x: int, y: int) -> bool:  # Mosaic takes 15.4 MiB so counted, and refuses 16.5
+        return x * y <= _MATRIX_TILE and 2 * itemsize * (m * x + x * y + m * y) <= _TILE_BYTES
+
+    return _largest_tile(M, X, Y, fits)
 
 
 def _gradient_tiling(itemsize: int, written: int, M: int, X: int, Y: int) -> tuple[int, int, int]:
     """As `_tiling`, of what is summed in float32 and written in `written` bytes."""
+
+    def fits(m: int, x: int, y: int) -> bool:
+        return 2 * itemsize * m * (x + y) + (2 * written + 4) * x * y <= _TILE_BYTES
+
+    return _largest_tile(M, X, Y, fits)
+
+
+def _largest_tile(M: int, X: int, Y: int, fits: Callable[[int, int, int], bool]) -> tuple[int, int, int]:
     rows = row_tile(M)
     for x, y in ((X, Y), (1024, 1024), (1024, 512), (512, 512)):
         tile = rows, min(X, x), min(Y, y)
-        if 2 * rows * (tile[1] + tile[2]) * itemsize + (2 * written + 4) * tile[1] * tile[2] <= _GRADIENT_BYTES:
+        if fits(*tile):
             break
     return tile
 

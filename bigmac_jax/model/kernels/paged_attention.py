@@ -18,6 +18,7 @@ from bigmac_jax.model.kernels.grouped_matmul import on_this_rank
 from bigmac_jax.model.mesh import platform
 
 _POSITIONS = 128  # M
+_TABLE_BYTES = 1 << 19  # of the pages' numbers in scalar memory, of which a core has 1 MiB
 
 
 class _Sums(NamedTuple):
@@ -66,7 +67,8 @@ def paged_attention(q_GWXH: Array, keys_GnpH: Array, values_GnpH: Array, table_W
       position_WC: int32, of each row's C tokens, whose query heads stand together in X.
     """
     (G, W, X, H), (_, n, p, _), K = q_GWXH.shape, keys_GnpH.shape, table_WK.shape[1]
-    if position_WC.shape[1] == 1 and q_GWXH.dtype == jnp.bfloat16 and _tpu_kernel_takes(keys_GnpH):
+    one_token = position_WC.shape[1] == 1 and q_GWXH.dtype == jnp.bfloat16
+    if one_token and _tpu_kernel_takes(keys_GnpH) and 4 * K <= _TABLE_BYTES:
         return on_this_rank(kernel, q_GWXH, keys_GnpH, values_GnpH, table_WK, position_WC[:, 0])
     if platform() == "gpu" and paged_attention_gpu.takes(X, H):
         return on_this_rank(paged_attention_gpu.paged_attention, q_GWXH, keys_GnpH, values_GnpH, table_WK, position_WC)
@@ -130,12 +132,16 @@ def kernel(q_GWXH: Array, keys_GnpH: Array, values_GnpH: Array, table_WK: Array,
     # masked, stands for them.
     own_WK = jnp.arange(K, dtype=jnp.int32)[None] <= position_W[:, None] // p
     table_WK = jnp.where(own_WK, table_WK, table_WK[:, :1])
-    y_WNH = tpu.paged_attention(
-        q_GWXH.swapaxes(0, 1).reshape(W, G * X, H),
-        keys_GnpH,
-        values_GnpH,
-        position_W + 1,
-        jnp.pad(table_WK, ((0, 0), (0, -K % pages)), mode="edge"),
-        pages_per_compute_block=pages,
+    table_WK = jnp.pad(table_WK, ((0, 0), (0, -K % pages)), mode="edge")
+    q_WNH = q_GWXH.swapaxes(0, 1).reshape(W, G * X, H)
+    # A call has all of its rows' table in scalar memory.
+    calls = -(-4 * table_WK.size // _TABLE_BYTES)
+    w = -(-W // calls)
+    read = functools.partial(tpu.paged_attention, pages_per_compute_block=pages)
+    y_WNH = jnp.concatenate(
+        [
+            read(q_WNH[i : i + w], keys_GnpH, values_GnpH, position_W[i : i + w] + 1, table_WK[i : i + w])
+            for i in range(0, W, w)
+        ]
     )
     return y_WNH.reshape(W, G, X, H).swapaxes(0, 1)
