@@ -6,6 +6,7 @@ import math
 from bigmac_jax.config import Config
 from bigmac_jax.model.choose_exchange import choose_exchange
 from bigmac_jax.model.counts import Parameters, Sizes, declarations, moments_of, parameters, recomputes
+from bigmac_jax.model.kernels.flash_attention import attention_implementation
 from bigmac_jax.model.mesh import INSIDE, ExpertGroup, axes_of, describe_mesh
 from bigmac_jax.model.traffic import computed_rows, exchanged_bytes, received_rows, tokens_at_a_time
 
@@ -140,7 +141,8 @@ def _kept_by_a_layer(config: Config, ranks: int, group: ExpertGroup, blocks: str
     """Numbers a token that a layer of these branches keeps for its backward pass."""
     m, gathered = config.model, (config.mesh.tensor - 1) * config.model.hidden_size
     matrices = 3 if m.gated else 2
-    scores = 2 * m.num_heads * config.data.sequence_length if config.execution.attention == "xla" else 0  # of no kernel
+    by_a_kernel = attention_implementation(config, group.platform) != "xla"
+    scores = 0 if by_a_kernel else 2 * m.num_heads * config.data.sequence_length
     heads = 2 * (m.num_heads + m.kv_heads) * m.head_size + scores
     of_branch = {
         "*": 2.0 * m.hidden_size + heads + gathered,

@@ -14,6 +14,7 @@ from bigmac_jax.model.adapters import is_adapted
 from bigmac_jax.model.choose_exchange import choose_exchange
 from bigmac_jax.model.counts import Parameters, Sizes, parameters
 from bigmac_jax.model.exchange import Gather, Hierarchical, Ragged
+from bigmac_jax.model.kernels.flash_attention import attention_implementation
 from bigmac_jax.model.memory import host_memory
 from bigmac_jax.model.mesh import TENSOR, ExpertGroup
 from bigmac_jax.model.traffic import (
@@ -95,7 +96,7 @@ def make_job(config: Config, sizes: Sizes, hardware: Hardware, topology: Torus |
         chunks=chunks if here.group > 1 else 1,
         split_experts=config.mesh.split_experts,
         ours=True,
-        causal=execution.attention != "xla",
+        causal=attention_implementation(config, hardware.platform) != "xla",
         forward_passes=counts.forward_passes(config),
         to_logits=counts.passes_to_logits(config),
         again=recomputed(config),

@@ -56,12 +56,12 @@ def causal_attention(
     return _FUNCTIONS[implementation](q_BLNH, k_BLGH, v_BLGH, segments_BL)
 
 
-def attention_implementation(config: Config) -> str:
-    """Name of the attention implementation that training takes on the current mesh."""
+def attention_implementation(config: Config, on: str = "") -> str:
+    """Name of the attention implementation that training takes on a platform, by default the current mesh's."""
     if config.execution.attention != "auto":
         return config.execution.attention
     m, length = config.model, config.data.sequence_length
-    return choose_implementation(platform(), config.execution.dtype, m.head_size, length, config.has_segments)
+    return choose_implementation(on or platform(), config.execution.dtype, m.head_size, length, config.has_segments)
 
 
 def choose_implementation(platform: str, dtype: str, head_size: int, length: int, segments: bool) -> str:
