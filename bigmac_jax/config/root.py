@@ -157,6 +157,7 @@ class Config(Section):
         """The rules between sections that a plan needs, too; each section has checked itself, and what reads data
         checks that tokenizer and rows fit."""
         model = self.model
+        require(self.cache_dir != "", "cache_dir is empty; give a folder, or leave it out")
         check_place(self.cache_dir, "cache_dir")
         self._check_tuning()
         self._check_choices()

@@ -166,7 +166,7 @@ def _describe(compiled: Compiled, config: Config, target: Target) -> dict[str, A
     if scheduled and config.model.is_moe and compiled.name == "step":
         result["schedule"] = _describe_schedule(module, compiled, cluster(compiled.mesh, hardware, target.torus))
         if config.dropless and config.execution.attention != "xla" and not config.tuning.lora_rank:
-            result["formula_flops_outside_kernels"] = flops_outside_kernels(config)
+            result["formula_flops_outside_kernels"] = flops_outside_kernels(config, device.platform)
         options = environment.compiler_options(device)
         if device.platform == "tpu" and not options.get("xla_tpu_enable_async_all_to_all"):
             refusal = f"{device.device_kind} refuses them ('limited ICI')"

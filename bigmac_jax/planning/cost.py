@@ -28,7 +28,7 @@ from bigmac_jax.model.traffic import (
 from bigmac_jax.planning.cluster import Cluster, cluster, mesh_group
 from bigmac_jax.planning.hardware import Hardware
 from bigmac_jax.planning.hardware.torus import Shape as Torus
-from bigmac_jax.planning.job import Job, Times, passes_of, predict
+from bigmac_jax.planning.job import EXACT_PASSES, Job, Times, passes_of, predict
 from bigmac_jax.planning.load import EVEN, Load
 from bigmac_jax.planning.shapes import Shape
 
@@ -132,14 +132,14 @@ def recomputed(config: Config) -> dict[str, float]:
     return again
 
 
-def flops_outside_kernels(config: Config) -> float:
+def flops_outside_kernels(config: Config, platform: str) -> float:
     """FLOPs of a step's matrix products, but for those in kernels on TPU and GPU: of experts, whose rows stand as they
     come, and of attention's scores. `hlo_flops` finds as many in the compiled program (docs/hybrid.md).
 
     They are three forward passes, one more where loads are counted first and one of DPO's reference, and what
     gradients need again; beside what `recomputed` leaves out, that is not the last product of a layer, whose result is
     only added. A chunk of Mamba-2's scan computes both halves of its scores, of which `Shape.scan_flops` counts the one
-    that is used.
+    that is used. On GPUs the router's products are of several pieces.
     """
     shape, m, again = Shape.of(config), config.model, recomputed(config)
     forward, to_logits = counts.forward_passes(config), counts.passes_to_logits(config)
@@ -147,7 +147,9 @@ def flops_outside_kernels(config: Config) -> float:
     found, last = 0.0, dict[str, float]()
     for part, X, Y, times, _ in shape.products():
         if part != "experts":
-            found += X * Y * times * passes_of(part, forward, to_logits, again, frozen)
+            in_pieces = part == "router" and platform == "gpu" and config.execution.dtype == "bfloat16"
+            pieces = EXACT_PASSES["gpu"] if in_pieces else 1
+            found += X * Y * times * pieces * passes_of(part, forward, to_logits, again, frozen)
             last[part] = X * Y if again.get(part) == 1.0 else 0
     if "gate" in m.latent_norms:  # a factor of what is added
         last["projections"] = 0

@@ -25,6 +25,10 @@ BACKWARD, SCORES_BACKWARD = 2.0, 2.5
 # Numbers by which a product's sides count as longer: what it takes to fill a matrix unit, and the last tile's rest. The
 # units of TPU v6e are 256 wide, tiles of GPU kernels 128 to 256.
 NARROW = 256
+# Passes of bfloat16 that a product of our router takes, whose result is float32's: of three pieces on GPUs
+# (`model.layers.exact_product`); on TPU three forward and for the rows' gradient, six for the matrix' (v5p, v6e, by the
+# compiler's estimates).
+EXACT_PASSES = {"gpu": 3, "tpu": 4}
 # Rows of a tile of a grouped product, of which the last of each expert is half empty.
 ROW_TILES = {"gpu": 128, "tpu": 256}
 # How often an entry of an expert's row is read or written on its way to the expert and back, forward. With fused
@@ -259,7 +263,9 @@ def product_seconds(job: Job, hardware: Hardware) -> dict[str, float]:
         part = product.part
         passes = passes_of(part, job.forward_passes, job.to_logits, job.again, job.frozen)
         eight_bit = job.eight_bit and part in EIGHT_BIT_PARTS
-        rate = hardware.peak(job.dtype, eight_bit) * hardware.matmul_efficiency
+        rate, number = hardware.peak(job.dtype, eight_bit) * hardware.matmul_efficiency, 1 if eight_bit else job.number
+        if part == "router" and job.ours:
+            rate, number = rate / EXACT_PASSES[hardware.platform], 4
         if part == "experts":
             matrices = product.matrices / job.experts_over
             split = job.tensor if job.split_experts else 1
@@ -271,7 +277,7 @@ def product_seconds(job: Job, hardware: Hardware) -> dict[str, float]:
             rows = computed = job.at_a_time
         flops = 2 * computed * (product.X + NARROW) * (product.Y / split + NARROW)
         read = rows * (product.X + product.Y) * (1 + 1 / split) / 2 + product.X * product.Y / split
-        one = max(flops / rate, (1 if eight_bit else job.number) * read / hardware.memory_bandwidth)
+        one = max(flops / rate, number * read / hardware.memory_bandwidth)
         seconds[part] = seconds.get(part, 0.0) + one * passes * calls * matrices / job.stages
     return seconds
 

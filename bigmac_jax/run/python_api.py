@@ -13,7 +13,6 @@ from bigmac_jax.model.mesh import make_mesh
 from bigmac_jax.planning.place import Request
 from bigmac_jax.planning.planner import make_plan
 from bigmac_jax.run import loop
-from bigmac_jax.runtime.storage import locate
 from bigmac_jax.training.metrics_file import read_records
 from bigmac_jax.training.workdir import locate_workdir
 
@@ -48,7 +47,7 @@ def metrics(workdir: str | os.PathLike[str]) -> dict[str, np.ndarray]:
       ConfigError: the workdir has logged nothing yet.
     """
     rows: dict[int, dict[str, Any]] = {}
-    for record in read_records(locate(workdir, "workdir")):
+    for record in read_records(locate_workdir(os.fspath(workdir))):
         if not record.keys().isdisjoint(("loss", "eval/loss")) or any(name.startswith("tasks/") for name in record):
             rows.setdefault(record["step"], {}).update(record)
     if not rows:

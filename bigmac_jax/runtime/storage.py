@@ -41,11 +41,9 @@ def locate(place: str | os.PathLike[str], name: str) -> pathlib.Path:
     """The path that the user gave for the flag, field or argument `name`.
 
     Raises:
-      ConfigError: none, a scheme that is not known, a store whose package is missing, or the home of an unknown user.
+      ConfigError: a scheme that is not known, a store whose package is missing, or the home of an unknown user.
     """
     text = os.fspath(place)
-    if not text:
-        raise ConfigError(f"{name} is empty; give a path")
     scheme = check_place(text, name)
     if not scheme:
         return pathlib.Path(text).expanduser()

@@ -58,6 +58,8 @@ def locate_workdir(place: str) -> pathlib.Path:
             f"--workdir={place} can't be on S3, where Orbax writes no checkpoints; use a local disk or gs:// for it "
             f"(data, cache_dir and exports may be on s3://)"
         )
+    if not place:
+        raise ConfigError("--workdir is empty; give a folder")
     path = locate(place, "--workdir")
     try:
         if not is_store(path):

@@ -2,6 +2,7 @@
 
 import functools
 import math
+import re
 from typing import Any
 
 import jax
@@ -9,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from bigmac_jax.model import attention
+from bigmac_jax.model import attention, layers
 from bigmac_jax.model.attention import rotate
 from bigmac_jax.model.kernels.flash_attention import causal_attention
 from bigmac_jax.model.layers import weight_gradient
@@ -28,6 +29,32 @@ def plain_attention(q_BLNH: jax.Array, k_BLGH: jax.Array, v_BLGH: jax.Array) -> 
         weights_BLL = jax.nn.softmax(jnp.where(future_LL, -jnp.inf, scores_BLL), axis=-1)
         heads.append(weights_BLL @ v_BLGH[:, :, g])
     return jnp.stack(heads, axis=2)
+
+
+@pytest.mark.parametrize(("platform", "rows"), [("gpu", 1024), ("gpu", 1023), ("cpu", 1024)])
+def test_an_exact_product_of_bfloat16_rows(platform: str, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As float32 has it, in bfloat16 products alone where there are enough rows for a GPU's tensor cores: its values
+    and w's gradient to 24 bits, that of rows as the nearest of bfloat16."""
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.standard_normal((1, rows, 64)), jnp.bfloat16)
+    w, dy = (rng.standard_normal(shape).astype(np.float32) for shape in ((64, 16), (1, rows, 16)))
+    monkeypatch.setattr(layers, "platform", lambda: platform)
+
+    def pull(x: jax.Array, w: jax.Array, dy: jax.Array) -> Any:
+        y, gradients = jax.vjp(layers.exact_product, x, w)
+        return y, *gradients(dy)
+
+    y, dx, dw = jax.jit(pull)(x, w, dy)
+    x64, w64, dy64 = (np.asarray(v, np.float64) for v in (x, w, dy))
+    for found, expected in ((y, x64 @ w64), (dw, x64[0].T @ dy64[0])):
+        assert found.dtype == jnp.float32
+        np.testing.assert_allclose(found, expected, rtol=0, atol=2e-6 * np.abs(expected).max())
+    exact, terms = dy64 @ w64.T, np.abs(dy64) @ np.abs(w64.T)
+    assert dx.dtype == jnp.bfloat16
+    assert (np.abs(np.asarray(dx, np.float64) - exact) <= 2**-8 * np.abs(exact) + 2**-15 * terms).all()
+    lowered = jax.jit(pull).lower(x, w, dy).as_text()
+    dots = re.findall(r"dot_general.*: \(tensor<[\dx]*x(\w+)>, tensor<[\dx]*x(\w+)>\)", lowered)
+    assert dots == [("bf16", "bf16") if (platform, rows) == ("gpu", 1024) else ("f32", "f32")] * 3
 
 
 # Blocks are of 128 queries, or of a quarter of the sequence: one token, one block, a short last one, four uneven ones.

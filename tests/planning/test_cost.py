@@ -31,6 +31,7 @@ from bigmac_jax.planning.cost import (
     sum_seconds,
 )
 from bigmac_jax.planning.hardware import Hardware, Link, load_hardware
+from bigmac_jax.planning.job import EXACT_PASSES
 
 # Machines of four, whose numbers are easy to follow.
 PLAIN = Hardware(
@@ -180,7 +181,8 @@ def test_a_step() -> None:
     c = config()
     times = step_time(c, sizes(expert=2), PLAIN)
     # A tile of 128 rows is half empty behind the 512 rows of each expert.
-    layer = wide(64, 192) + wide(64, 64) + wide(64, 32) + 4 * (wide(64, 16) + wide(16, 64)) * (512 + 64) / 512
+    experts = 4 * (wide(64, 16) + wide(16, 64)) * (512 + 64) / 512
+    layer = wide(64, 192) + wide(64, 64) + EXACT_PASSES["gpu"] * wide(64, 32) + experts
     flops = 6 * 4096 * (2 * layer + wide(64, 257))
     assert times.matmul == pytest.approx(flops / (2 * 5e11 * 0.5))
     # Scores and values of half of the 64 tokens: twice forward, five times backward.
@@ -554,4 +556,8 @@ def test_products_outside_of_kernels(remat: str, gate: bool) -> None:
     once = mamba + attention + router + shared + projections + output
     tokens = 64 * 64
     expected = tokens * (2 * (3 * once + again) + scan * (3 if remat == "none" else 4))
-    assert flops_outside_kernels(made) == expected
+    assert flops_outside_kernels(made, "tpu") == expected
+    assert flops_outside_kernels(made, "gpu") == expected
+    halves = replace(made, execution=replace(made.execution, dtype="bfloat16"))
+    pieces = tokens * 2 * 2 * router * (3 if remat == "none" else 4)
+    assert flops_outside_kernels(halves, "gpu") == expected + pieces

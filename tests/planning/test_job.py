@@ -123,6 +123,17 @@ def test_products_by_bytes() -> None:
     assert product_seconds(job(parts=2), slow)["output"] == pytest.approx(3 * (logits + 2 * 32 * 96) / 1e6)
 
 
+@pytest.mark.parametrize(("platform", "passes"), [("gpu", 3), ("tpu", 4)])
+def test_our_router_is_exact(platform: str, passes: int) -> None:
+    """Its products take several passes of bfloat16, and are of float32."""
+    machine = dataclasses.replace(PLAIN, platform=platform)
+    plain, ours = (product_seconds(job(MOE, ours=ours), machine) for ours in (False, True))
+    assert ours["router"] == pytest.approx(passes * plain["router"]) and ours["mlp"] == plain["mlp"]
+    slow = dataclasses.replace(machine, memory_bandwidth=1e6)
+    plain, ours = (product_seconds(job(MOE, ours=ours), slow) for ours in (False, True))
+    assert ours["router"] == pytest.approx(2 * plain["router"])
+
+
 def test_grouped_products() -> None:
     """1,024 tokens of 4 choices among 16 experts: 256 rows each, and half a tile of 128 or 256."""
     matrices = 2 * 16 * (wide(8, 48) + wide(24, 8))  # of two layers, gate and up side by side
