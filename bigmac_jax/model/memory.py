@@ -42,7 +42,7 @@ def state_memory(config: Config, count: Parameters, parts: int, platform: str) -
     return {
         "parameters": 4 * (count.of_a_rank + (count.trained_of_a_rank if config.tuning.lora_rank else 0)),
         # Of moments in host memory a layer's are here at a time, when activations are not.
-        "optimizer": _moment_bytes(config) * (count.moments_of_a_rank - _moments_in_host(config, count, platform))
+        "optimizer": moment_bytes(config) * (count.moments_of_a_rank - _moments_in_host(config, count, platform))
         + 4 * count.trained_of_a_rank * (config.optimizer.average_decay > 0),
         "gradients": 4 * count.trained_of_a_rank * (2 if parts > 1 else 1),
     }
@@ -54,7 +54,7 @@ def host_memory(config: Config, ranks: int, count: Parameters, platform: str) ->
     tokens = config.data.batch_size * config.data.sequence_length // (ranks * parts)
     entered = tokens * (m.depth + m.mtp_modules) * m.hidden_size * execution.dtype_bytes
     return {
-        "optimizer": _moment_bytes(config) * _moments_in_host(config, count, platform),
+        "optimizer": moment_bytes(config) * _moments_in_host(config, count, platform),
         "activations": entered * (execution.remat == "offload"),
     }
 
@@ -97,7 +97,7 @@ def checkpoint_bytes(config: Config, experts: int = 0) -> int:
             continue
         share = experts / m.expert_count if experts and declaration.part == "experts" else 1
         weights = 4 * (2 if optimizer.average_decay else 1) * (1 if of == "optimizer" else share)
-        kept = _moment_bytes(config) * moments_of(declaration, optimizer.name == "muon")
+        kept = moment_bytes(config) * moments_of(declaration, optimizer.name == "muon")
         moments = kept * (1 if of == "weights" else share)
         total += math.prod(shape) * (weights + moments)
     return round(total)
@@ -110,7 +110,7 @@ def _moments_in_host(config: Config, count: Parameters, platform: str) -> int:
     return count.moments_in_slices if platform == "tpu" else count.moments_of_a_rank
 
 
-def _moment_bytes(config: Config) -> int:
+def moment_bytes(config: Config) -> int:
     return 2 if config.optimizer.moment_dtype == "bfloat16" else 4
 
 

@@ -15,7 +15,7 @@ from bigmac_jax.model.choose_exchange import choose_exchange
 from bigmac_jax.model.counts import Parameters, Sizes, parameters
 from bigmac_jax.model.exchange import Gather, Hierarchical, Ragged
 from bigmac_jax.model.kernels.flash_attention import attention_implementation
-from bigmac_jax.model.memory import host_memory
+from bigmac_jax.model.memory import host_memory, moment_bytes
 from bigmac_jax.model.mesh import TENSOR, ExpertGroup
 from bigmac_jax.model.traffic import (
     computed_rows,
@@ -28,13 +28,14 @@ from bigmac_jax.model.traffic import (
 from bigmac_jax.planning.cluster import Cluster, cluster, mesh_group
 from bigmac_jax.planning.hardware import Hardware
 from bigmac_jax.planning.hardware.torus import Shape as Torus
-from bigmac_jax.planning.job import EXACT_PASSES, Job, Times, passes_of, predict
+from bigmac_jax.planning.job import EXACT_PASSES, UPDATE_BYTES, Job, Times, passes_of, predict
 from bigmac_jax.planning.load import EVEN, Load
 from bigmac_jax.planning.shapes import Shape
 
 # On GPU gathers and sums are asynchronous, and the latency-hiding scheduler puts computation beside them. On TPU the
 # compiled steps wait for each (docs/planning.md).
 HIDE_SUMS = ("gpu",)
+NEWTON_SCHULZ_STEPS = 5  # optax.contrib.scale_by_muon's own number
 
 
 @dataclass(frozen=True)
@@ -105,6 +106,8 @@ def make_job(config: Config, sizes: Sizes, hardware: Hardware, topology: Torus |
         padding=padding,
         imbalance=imbalance,
         updated=setting.count.updated_of_a_rank,
+        optimizer_bytes=optimizer_bytes(setting),
+        orthogonal=orthogonal_flops(config, here.ranks),
         accumulated=setting.count.trained_of_a_rank,
         exchange=exchange_seconds(setting, imbalance),
         tensor_sent=tensor_seconds(setting),
@@ -116,6 +119,26 @@ def make_job(config: Config, sizes: Sizes, hardware: Hardware, topology: Torus |
         entered=at_host["activations"] * config.train.accumulate_steps,
         hides_sums=hardware.platform in HIDE_SUMS,
     )
+
+
+def optimizer_bytes(setting: Setting) -> float:
+    """Bytes that the optimizer reads and writes for a parameter that it updates: moments and the average in theirs."""
+    optimizer, count = setting.config.optimizer, setting.count
+    moments = count.moments_of_a_rank / max(1, count.updated_of_a_rank)
+    return UPDATE_BYTES + 2 * moments * moment_bytes(setting.config) + 2 * 4 * (optimizer.average_decay > 0)
+
+
+def orthogonal_flops(config: Config, ranks: int) -> float:
+    """FLOPs of a rank that make Muon's updates orthogonal: five steps, each x xᵀ, its square, and that times x, of
+    matrices [m, n] with m ≤ n. The ranks of a replica share them."""
+    if config.optimizer.name != "muon" or config.tuning.lora_rank:  # which leaves matrices of a few columns
+        return 0.0
+    found = 0
+    for of, shape in counts.declarations(config.step_model, config.mesh.split_experts, config.data.sequence_length):
+        if of.trained and of.hidden_matrix:
+            *leading, m, n = *shape[:-2], *sorted(shape[-2:])
+            found += math.prod(leading) * NEWTON_SCHULZ_STEPS * 2 * m * m * (2 * n + m)
+    return found * config.mesh.replica / ranks
 
 
 def recomputed(config: Config) -> dict[str, float]:

@@ -10,8 +10,10 @@ from dataclasses import dataclass, field
 from bigmac_jax.planning.hardware import Hardware
 from bigmac_jax.planning.shapes import Shape
 
-# AdamW reads a parameter, its gradient and two moments, and writes all but the gradient; clipping reads it once more.
-OPTIMIZER_BYTES = 4 * (4 + 3 + 1)
+# An optimizer reads a parameter and its gradient and writes the parameter, and clipping reads the gradient once more;
+# AdamW reads and writes two moments beside.
+UPDATE_BYTES = 4 * (2 + 1 + 1)
+OPTIMIZER_BYTES = UPDATE_BYTES + 4 * 2 * 2
 # A part of the batch adds its gradients to those before it: reads and writes a sum.
 ACCUMULATION_BYTES = 4 * 2
 # Logits in 16 bits: written, read for their maximum and sum, and read and overwritten by their gradient.
@@ -69,6 +71,8 @@ class Job:
       padding: rows that experts multiply over rows that hold a token.
       imbalance: the busiest expert rank's rows over the mean.
       updated: parameters of a rank that the optimizer reads.
+      optimizer_bytes: that it reads and writes for each of them.
+      orthogonal: FLOPs of a rank that make Muon's updates orthogonal.
       accumulated: numbers of a rank's gradients while parts are added.
       exchange, tensor_sent, gathers, gradients, replicas: seconds on the wire with nothing beside.
       hidden_exchange: the share of the exchange, or of experts if they are shorter, that runs beside experts.
@@ -101,6 +105,8 @@ class Job:
     padding: float = 1.0
     imbalance: float = 1.0
     updated: float = 0.0
+    optimizer_bytes: float = OPTIMIZER_BYTES
+    orthogonal: float = 0.0
     accumulated: float = 0.0
     exchange: float = 0.0
     tensor_sent: float = 0.0
@@ -317,9 +323,11 @@ def row_passes(job: Job, hardware: Hardware) -> float:
 
 
 def optimizer_seconds(job: Job, hardware: Hardware) -> float:
-    """Seconds of the optimizer's passes over memory, and of adding up gradients where the batch goes in parts."""
+    """Seconds of the optimizer's passes over memory and of Muon's products, which are of float32, and of adding up
+    gradients where the batch goes in parts."""
     added = job.accumulated * ACCUMULATION_BYTES * job.parts if job.parts > 1 else 0.0
-    return (job.updated * OPTIMIZER_BYTES + added) / hardware.memory_bandwidth
+    products = job.orthogonal / (hardware.peak_flops_float32 * hardware.matmul_efficiency)
+    return products + (job.updated * job.optimizer_bytes + added) / hardware.memory_bandwidth
 
 
 def host_seconds(job: Job, hardware: Hardware, computing: float) -> float:

@@ -10,7 +10,16 @@ import pytest
 from flax import nnx
 from jax.sharding import AbstractMesh, AxisType
 
-from bigmac_jax.config import Config, ConfigError, DataConfig, ExecutionConfig, MeshConfig, ModelConfig, TrainConfig
+from bigmac_jax.config import (
+    Config,
+    ConfigError,
+    DataConfig,
+    ExecutionConfig,
+    MeshConfig,
+    ModelConfig,
+    OptimizerConfig,
+    TrainConfig,
+)
 from bigmac_jax.model import counts
 from bigmac_jax.model.exchange import STRATEGIES
 from bigmac_jax.model.exchange.costs import Sent
@@ -249,6 +258,28 @@ def traced(c: Config, mesh: tuple[int, ...]) -> list[Any]:
     with jax.sharding.use_abstract_mesh(AbstractMesh(mesh, AXES, axis_types=(AxisType.Explicit,) * len(AXES))):
         model = jax.eval_shape(lambda: init_model(c, jax.random.key(0)))
     return jax.tree.leaves(nnx.state(model, nnx.Param))
+
+
+def test_what_an_optimizer_moves_and_multiplies() -> None:
+    """Of one rank: a parameter is read and written, its gradient read twice, moments and the average both.
+    Muon has one moment of a matrix, and five times three products of each."""
+    plain = config()
+    count = counts.parameters(plain, sizes(expert=1))
+
+    def seconds(**optimizer: Any) -> float:
+        changed = replace(plain, optimizer=OptimizerConfig(**optimizer))
+        return step_time(changed, sizes(expert=1), PLAIN).optimizer
+
+    assert seconds() == pytest.approx(32 * count.total / 1e11)
+    assert seconds(moment_dtype="bfloat16", b2=0.9) == pytest.approx(24 * count.total / 1e11)
+    assert seconds(average_decay=0.9) == pytest.approx(40 * count.total / 1e11)
+    two_layers = {(64, 64): 2 * 4, (64, 16): 2 * 32, (16, 64): 2 * 32}
+    matrices = sum(m * n * number for (m, n), number in two_layers.items())
+    products = sum(
+        number * 5 * (2 * 2 * min(side) ** 2 * max(side) + 2 * min(side) ** 3) for side, number in two_layers.items()
+    )
+    moved = 32 * count.total - 8 * matrices
+    assert seconds(name="muon") == pytest.approx(moved / 1e11 + products / (5e11 * 0.5))
 
 
 @pytest.mark.parametrize("structure", ["dense", "vanilla", "fine_grained", "bigmac"])

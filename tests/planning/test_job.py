@@ -216,8 +216,9 @@ def test_what_a_job_does_not_say() -> None:
     floats = dict.fromkeys(("forward_passes", "to_logits", "padding", "imbalance"), 1.0)
     false = dict.fromkeys(("split_experts", "eight_bit", "ours", "hides_sums"), False)
     sent = ("exchange", "tensor_sent", "gathers", "gradients", "replicas", "hidden_exchange", "moments", "entered")
-    none = dict.fromkeys(("updated", "accumulated", *sent), 0.0)
-    others = {"dtype": "bfloat16", "grouped": True, "causal": True, "again": {}, "frozen": (), "useful": ()}
+    none = dict.fromkeys(("updated", "accumulated", "orthogonal", *sent), 0.0)
+    others = {"dtype": "bfloat16", "grouped": True, "causal": True, "again": {}, "frozen": (), "useful": (),
+              "optimizer_bytes": 32}  # fmt: skip
     assert vars(Job(**given)) == given | ones | floats | false | none | others
     of_times = dict.fromkeys(("matmul", "exchange", "gradients", "optimizer", "hidden", "tokens", "at_peak"), 1)
     optional = ("tensor", "parameters", "attention", "memory", "bubble", "replicas", "hidden_sums", "host")
