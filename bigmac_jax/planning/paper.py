@@ -65,6 +65,11 @@ def left_out(config: Config) -> list[str]:
         "tie_embeddings": not m.tie_embeddings,
         "expert_hidden_size": m.expert_width != (m.hidden_size if m.structure == "bigmac" else m.latent_size),
         "num_shared_experts": m.shared_width > 0,
+        "blocks": m.blocks != "",
+        "first_dense_layers": m.first_dense_layers > 0,
+        "mtp_modules": m.mtp_modules > 0,
+        "latent_norm": "gate" in m.latent_norms,
+        "router": m.router in ("affine", "hyper"),
     }
     return [f"model.{name}" for name, different in differs.items() if different]
 

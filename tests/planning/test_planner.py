@@ -21,6 +21,7 @@ from bigmac_jax.model.counts import parameters
 from bigmac_jax.model.memory import checkpoint_bytes
 from bigmac_jax.planning import compiled_programs, pictures, planner, report, topologies, units
 from bigmac_jax.planning.hardware import HARDWARE, load_hardware
+from bigmac_jax.planning.paper import left_out
 from bigmac_jax.planning.place import Place, Request
 from bigmac_jax.planning.planner import _bytes_read, _checkpoint, _costs, _restore, make_plan
 
@@ -70,6 +71,10 @@ def test_formulas_say_what_they_leave_out() -> None:
     assert acc["paper"]["left_out"] == ["model.expert_hidden_size"] and "model.expert_hidden_size" in shown(acc)
     modern = plan("configs/modern.py", devices=32, paper=True)
     assert modern["paper"]["left_out"] == ["model.num_kv_heads", "model.tie_embeddings", "model.num_shared_experts"]
+    others = {"first_dense_layers": 2, "mtp_modules": 1, "latent_norm": "gate", "router": "hyper", "blocks": "*EM"}
+    for name, value in others.items():
+        changed = load_config("paper/gpt3_xl", {f"model.{name}": value, "model.mamba_heads": 4, "data.batch_size": 32})
+        assert left_out(changed) == [f"model.{name}"]
 
 
 def test_baselines_stand_beside_and_say_why_not() -> None:

@@ -16,7 +16,7 @@ from bigmac_jax.model.exchange.strategy import Strategy
 from bigmac_jax.model.exchange.wire import row_bytes
 
 # Bytes a second that one rank sends inside its machine and to others, for `exchange=auto`: an NVLink- or ICI-class link
-# and its share of a 100 Gb/s network card, as in the paper's cluster.
+# and a network card of 100 Gb/s for each rank.
 FAST_LINK = 200e9
 SLOW_LINK = 12.5e9
 # Seconds that a collective takes however little it sends; what decides for the few rows of a decode step.
