@@ -41,6 +41,9 @@ def test_gaps_by_hand() -> None:
     (fitted,) = fit.gaps(fresh)
     assert fitted[:3] == (("bigmac 1/4", "fine_grained"), 128, 4_096_000)
     assert fitted[3:] == pytest.approx((0.3, 0.1 / math.sqrt(3)))
+    # An error of 0.10 says that it has learnt what the others have not.
+    fresh += [run("r = 1/4", 1000, seed, loss) for seed, loss in ((3, 5.0), (1, 5.1), (2, 4.75))]
+    assert fit.gaps(fresh) == [fitted]
     assert fit.longest(fresh) == (1000, 2000)
     assert fit.slope(fresh, (1000, 2000)) == pytest.approx((0.7 / math.log(2), 0))
 
