@@ -125,7 +125,8 @@ def whole_or_nothing(output: pathlib.Path) -> Iterator[pathlib.Path]:
 
 
 class Checkpoint:
-    """The tensors of a directory with model.safetensors, or shards and their index. Nothing is read before it is asked.
+    """The tensors of a directory with model.safetensors, or else shards and their index. Nothing is read before it is
+    asked.
 
     Raises:
       ConfigError: there is none, or a file is missing, cut short or damaged.
@@ -150,11 +151,11 @@ class Checkpoint:
                 ) from None
 
     def _paths(self) -> list[pathlib.Path]:
+        if (self.directory / _SINGLE).is_file():  # as in transformers, which leaves an old index beside what it saves
+            return [storage.check_inside(self.directory, _SINGLE)]
         index = self.directory / INDEX
         if not index.is_file():
-            if not (self.directory / _SINGLE).is_file():
-                raise ConfigError(f"{self.directory} holds neither {_SINGLE} nor {INDEX}; give another --checkpoint")
-            return [storage.check_inside(self.directory, _SINGLE)]
+            raise ConfigError(f"{self.directory} holds neither {_SINGLE} nor {INDEX}; give another --checkpoint")
         weight_map = read_object(storage.check_inside(self.directory, INDEX), "copy it again").get("weight_map")
         names = set(map(str, weight_map.values())) if isinstance(weight_map, dict) else set()
         if not names:

@@ -171,6 +171,19 @@ def test_a_broken_index(exported: Any, tmp_path: pathlib.Path) -> None:
         import_model(tmp_path / "broken")
 
 
+@pytest.mark.parametrize("shards", ["there", "gone"])
+def test_an_index_beside_the_file_that_transformers_takes(exported: Any, tmp_path: pathlib.Path, shards: str) -> None:
+    """Transformers, which saves to the folder that it read, removes old shards, and never the index."""
+    shutil.copytree(exported[2] / "shards", tmp_path / "in")
+    for shard in (tmp_path / "in").glob("*.safetensors") if shards == "gone" else ():
+        shard.unlink()
+    tuned = load_file(exported[2] / "one/model.safetensors")
+    tuned[NORM] = tuned[NORM] + 1
+    save_file(tuned, tmp_path / "in/model.safetensors")
+    _, _, checkpoint = open_checkpoint(tmp_path / "in")
+    np.testing.assert_array_equal(checkpoint.read(NORM), tuned[NORM])
+
+
 @pytest.mark.parametrize(
     ("overrides", "line"),
     [
