@@ -240,6 +240,11 @@ class SentencePieceTokenizer(Tokenizer):
     def decode(self, ids: Iterable[int]) -> str:
         return self._model.decode([int(i) for i in ids if 0 <= i < self.vocab_size])
 
+    @functools.cached_property
+    def pieces(self) -> list[str]:
+        """The name of each token."""
+        return self._model.id_to_piece(list(range(self.vocab_size)))
+
     def bytes_of(self, token: int) -> bytes | None:
         known = 0 <= token < self.vocab_size and not self._model.is_control(token) and not self._model.is_unknown(token)
         return _piece_bytes(self._model.id_to_piece(token)) if known else None

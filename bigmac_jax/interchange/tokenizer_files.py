@@ -1,9 +1,10 @@
-"""The tokenizer beside a model: tokenizer.json and tokenizer_config.json, as transformers reads them, or a .model."""
+"""The tokenizer beside a model: tokenizer.json or a .model, and tokenizer_config.json, as transformers reads them."""
 
 import dataclasses
 import json
 import logging
 import pathlib
+from collections.abc import Container
 
 import tokenizers
 from tokenizers import AddedToken, decoders, models, pre_tokenizers
@@ -11,7 +12,14 @@ from tokenizers import AddedToken, decoders, models, pre_tokenizers
 from bigmac_jax.config import Config, ConfigError
 from bigmac_jax.data.chat_files import NO_CHAT, ChatFiles, format_chat_files, format_splits, read_chat
 from bigmac_jax.data.chat_template import Chat
-from bigmac_jax.data.tokenizer import END_OF_TEXT, ByteTokenizer, JsonTokenizer, Tokenizer, load_tokenizer
+from bigmac_jax.data.tokenizer import (
+    END_OF_TEXT,
+    ByteTokenizer,
+    JsonTokenizer,
+    SentencePieceTokenizer,
+    Tokenizer,
+    load_tokenizer,
+)
 from bigmac_jax.interchange.tensor_files import write_json
 from bigmac_jax.runtime import hosts, storage
 
@@ -26,30 +34,34 @@ def write_tokenizer(directory: pathlib.Path, config: Config, tokenizer: Tokenize
     Args:
       chat: its special tokens are named; with its template they are single tokens in any text.
     """
-    if isinstance(tokenizer, JsonTokenizer):
-        json_text = tokenizer.json_text
-    elif isinstance(tokenizer, ByteTokenizer):
-        json_text = _make_byte_bpe()
-    else:
+    known: Container[str]
+    if isinstance(tokenizer, SentencePieceTokenizer):
         (directory / tokenizer.file).write_bytes(tokenizer.content)
-        return
-    whole = tokenizers.Tokenizer.from_str(json_text)
-    end = whole.id_to_token(tokenizer.eos_id)
-    whole.no_truncation()
-    whole.no_padding()
-    values = json.loads(whole.to_str())
-    if whole.num_special_tokens_to_add(False):
-        values["post_processor"] = None  # nothing is added to text where models are trained here
-    write_json(directory / "tokenizer.json", values)
+        known, end = tokenizer.pieces, tokenizer.pieces[tokenizer.eos_id]
+    else:
+        whole = tokenizers.Tokenizer.from_str(_json_text(tokenizer))
+        known, end = whole.get_vocab(with_added_tokens=True), whole.id_to_token(tokenizer.eos_id)
+        whole.no_truncation()
+        whole.no_padding()
+        values = json.loads(whole.to_str())
+        if whole.num_special_tokens_to_add(False):
+            values["post_processor"] = None  # nothing is added to text where models are trained here
+        write_json(directory / "tokenizer.json", values)
     settings = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "model_input_names": ["input_ids", "attention_mask"],  # without token_type_ids, which decoders have no use for
+        "bos_token": None,  # or transformers takes that of a SentencePiece model
         "eos_token": end,
         "pad_token": end,
         "model_max_length": config.context_length,
         "clean_up_tokenization_spaces": False,
-    } | {name: value for name, value in chat.special.items() if whole.token_to_id(value) is not None}
+    } | {name: value for name, value in chat.special.items() if value in known}
     write_json(directory / "tokenizer_config.json", settings | format_splits(chat))
+
+
+def _json_text(tokenizer: Tokenizer) -> str:
+    """The tokenizer.json of one that is no SentencePiece model."""
+    return tokenizer.json_text if isinstance(tokenizer, JsonTokenizer) else _make_byte_bpe()
 
 
 def _make_byte_bpe() -> str:
@@ -85,8 +97,7 @@ def _vocabulary(tokenizer: Tokenizer) -> dict[str, int]:
     """The ids of tokens; {} of a SentencePiece model."""
     if not isinstance(tokenizer, JsonTokenizer | ByteTokenizer):
         return {}
-    json_text = tokenizer.json_text if isinstance(tokenizer, JsonTokenizer) else _make_byte_bpe()
-    return tokenizers.Tokenizer.from_str(json_text).get_vocab(with_added_tokens=True)
+    return tokenizers.Tokenizer.from_str(_json_text(tokenizer)).get_vocab(with_added_tokens=True)
 
 
 def end_ids(tokenizer: Tokenizer, chat: ChatFiles, vocab_size: int) -> int | list[int]:

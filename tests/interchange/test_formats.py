@@ -15,7 +15,7 @@ from safetensors.numpy import load_file, save_file
 from training.tools import text
 
 from bigmac_jax.config import ConfigError, ModelConfig
-from bigmac_jax.data.chat_files import ChatFiles, read_chat
+from bigmac_jax.data.chat_files import NO_CHAT, ChatFiles, read_chat
 from bigmac_jax.data.tokenizer import ByteTokenizer, JsonTokenizer, train_bpe
 from bigmac_jax.interchange import (
     Trained,
@@ -30,10 +30,23 @@ from bigmac_jax.interchange import (
     qwen3_moe,
 )
 from bigmac_jax.interchange.tensor_files import Checkpoint
+from bigmac_jax.interchange.tokenizer_files import read_tokenizer, write_tokenizer
 from bigmac_jax.model.parameters import named_leaves
 
 from .architectures import logits
-from .tools import CLASSES, MODELS, NEMOTRON, OWN, QWEN, config_of, of_model, our_logits, tokens_of, with_special_tokens
+from .tools import (
+    CLASSES,
+    MODELS,
+    NEMOTRON,
+    OWN,
+    QWEN,
+    config_of,
+    of_model,
+    our_logits,
+    sentencepiece_model,
+    tokens_of,
+    with_special_tokens,
+)
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -433,6 +446,22 @@ def test_tokenizers(tmp_path: pathlib.Path) -> None:
             assert json.loads((tmp_path / name / "config.json").read_text())["eos_token_id"] == tokenizer.eos_id
             again, _ = import_model(tmp_path / name)
             assert again.data.tokenizer == str(tmp_path / name / "tokenizer.json")
+
+
+def test_settings_beside_a_sentencepiece_model(tmp_path: pathlib.Path) -> None:
+    """Without them transformers would ask the model's class for a tokenizer (test_transformers.py)."""
+    tokenizer, config = sentencepiece_model(tmp_path, text(20, seed=3)), config_of("tied")
+    data = dataclasses.replace(config.data, tokenizer=str(tmp_path / "tokenizer.model"))
+    special = {"bos_token": "<s>", "unk_token": "<nowhere>"}
+    for chat, bos in ((NO_CHAT, None), (ChatFiles(CHATML, special, splits=False), "<s>")):
+        write_tokenizer(tmp_path, config, tokenizer, chat)
+        settings = json.loads((tmp_path / "tokenizer_config.json").read_text())
+        assert settings["tokenizer_class"] == "PreTrainedTokenizerFast"
+        assert settings["model_max_length"] == config.context_length
+        assert (settings["eos_token"], settings["pad_token"], settings["bos_token"]) == ("<eos>", "<eos>", bos)
+        assert settings.get("split_special_tokens") == (chat.splits or None) and "unk_token" not in settings
+        again, found = read_tokenizer(dataclasses.replace(config, data=data))
+        assert again.fingerprint == tokenizer.fingerprint and found.splits == chat.splits
 
 
 CHATML = (

@@ -4,6 +4,7 @@ Needs the extra `hf`.
 """
 
 import copy
+import json
 import pathlib
 import types
 from typing import Any
@@ -17,9 +18,10 @@ from bigmac_jax.data.chat_template import Chat
 from bigmac_jax.data.corpus import open_documents
 from bigmac_jax.data.tokenizer import ByteTokenizer, JsonTokenizer, Tokenizer, train_bpe
 from bigmac_jax.interchange import export_model, import_model, layout, nemotron_h, qwen3_moe
+from bigmac_jax.interchange.tokenizer_files import write_tokenizer
 
 from .test_formats import CHATML
-from .tools import CLASSES, MODELS, config_of, our_logits, with_special_tokens
+from .tools import CLASSES, MODELS, config_of, our_logits, sentencepiece_model, with_special_tokens
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers", minversion="5.24")
@@ -117,6 +119,20 @@ def test_tokenizers(kind: str, speech: str, tmp_path: pathlib.Path) -> None:
         **theirs("We", return_tensors="pt", return_token_type_ids=False), max_new_tokens=4, do_sample=False
     )
     assert 2 < out.shape[1] <= 7
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("kind", ["nemotron_h", "qwen3_moe"])
+def test_a_sentencepiece_model_has_its_own_ids(kind: str, speech: str, tmp_path: pathlib.Path) -> None:
+    """Whatever tokenizer transformers has for the model's class."""
+    tokenizer, config = sentencepiece_model(tmp_path, [speech]), config_of("tied")
+    write_tokenizer(tmp_path, config, tokenizer)
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": kind}))
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    for text in (speech, "naïve 東京\t x  y\n", "", " a"):
+        assert theirs(text)["input_ids"] == tokenizer.encode(text)
+    assert theirs.eos_token_id == theirs.pad_token_id == tokenizer.eos_id and theirs.bos_token is None
+    assert theirs.model_max_length == config.context_length
 
 
 @pytest.mark.full

@@ -1,15 +1,17 @@
 """Configs that have an equivalent, and logits of ours."""
 
 import functools
+import pathlib
 from typing import Any
 
 import jax
 import numpy as np
+import pytest
 import tokenizers
 from model.tools import PAPER, random_tokens, split_tokens, tiny
 
 from bigmac_jax.config import Config
-from bigmac_jax.data.tokenizer import JsonTokenizer
+from bigmac_jax.data.tokenizer import JsonTokenizer, SentencePieceTokenizer
 
 NEMOTRON = {"latent_norm": "none", "positions": "none", "qk_norm": False, "router_scores": "sigmoid"}
 QWEN = {"structure": "fine_grained", "gated": True, "activation": "silu"}
@@ -100,3 +102,15 @@ def with_special_tokens(tokenizer: JsonTokenizer, *names: str) -> JsonTokenizer:
     whole = tokenizers.Tokenizer.from_str(tokenizer.json_text)
     whole.add_special_tokens([tokenizers.AddedToken(name, special=True) for name in names])
     return JsonTokenizer(whole.to_str())
+
+
+def sentencepiece_model(folder: pathlib.Path, texts: list[str]) -> SentencePieceTokenizer:
+    """A Unigram model of these, as SentencePiece makes it by default: with a space before every text."""
+    trainer = pytest.importorskip("sentencepiece").SentencePieceTrainer
+    file = folder / "sp.model"
+    with file.open("wb") as writer:
+        trainer.train(
+            sentence_iterator=iter([line for text in texts for line in text.splitlines()]), model_writer=writer,
+            vocab_size=200, hard_vocab_limit=False, eos_piece="<eos>", minloglevel=5,
+        )  # fmt: skip
+    return SentencePieceTokenizer(file)
