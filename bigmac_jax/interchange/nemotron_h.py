@@ -197,8 +197,8 @@ def to_json(config: Config, leaves: Leaves) -> dict[str, Any]:
         "architectures": ["NemotronHForCausalLM"],
         "model_type": "nemotron_h",
         "num_hidden_layers": len(pattern),
-        "layers_block_type": [_KINDS[letter] for letter in pattern],
-        "hybrid_override_pattern": pattern,  # the same, as serving engines read it
+        # Without layers_block_type, in which serving engines have other words than transformers, or no place for it.
+        "hybrid_override_pattern": pattern,
         "layer_norm_epsilon": m.norm_eps,
         "mlp_hidden_act": "relu2",
         "mlp_bias": False,
@@ -208,11 +208,9 @@ def to_json(config: Config, leaves: Leaves) -> dict[str, Any]:
         "tie_word_embeddings": m.tie_embeddings and not m.scale_embedding,
     }
     if m.mtp_modules:
-        letters = m.mtp_stack.blocks
         fields |= {
             "num_nextn_predict_layers": m.mtp_modules,
-            "mtp_layers_block_type": [_KINDS[letter] for letter in letters],
-            "mtp_hybrid_override_pattern": letters,
+            "mtp_hybrid_override_pattern": m.mtp_stack.blocks,
         }
     if m.count_trained("-"):
         fields |= {"intermediate_size": m.mlp_width}

@@ -44,11 +44,9 @@ def nemotron_h(config: dict[str, Any], w: dict[str, np.ndarray], tokens_L: np.nd
 
 
 def nemotron_features(config: dict[str, Any], w: dict[str, np.ndarray], tokens_L: np.ndarray) -> np.ndarray:
-    eps, kinds, letters = (
-        config[name] for name in ("layer_norm_epsilon", "layers_block_type", "hybrid_override_pattern")
-    )
-    assert config["num_hidden_layers"] == len(kinds)
-    x_LD = nemotron_blocks(config, w, "backbone.layers", 0, kinds, letters, w["backbone.embeddings.weight"][tokens_L])
+    eps, letters = config["layer_norm_epsilon"], config["hybrid_override_pattern"]
+    assert config["num_hidden_layers"] == len(letters)
+    x_LD = nemotron_blocks(config, w, "backbone.layers", 0, letters, w["backbone.embeddings.weight"][tokens_L])
     return rms(x_LD, w["backbone.norm_f.weight"], eps)
 
 
@@ -56,11 +54,7 @@ def nemotron_next(directory: pathlib.Path, tokens_L: np.ndarray) -> list[np.ndar
     """Logits of next-token module k = 1, 2, … at each position that has a token k behind it, as serving engines compute
     them: [L - k, V] each."""
     config, w = load(directory)
-    eps, kinds, letters = (
-        config["layer_norm_epsilon"],
-        config["mtp_layers_block_type"],
-        config["mtp_hybrid_override_pattern"],
-    )
+    eps, letters = config["layer_norm_epsilon"], config["mtp_hybrid_override_pattern"]
     x_LD, logits = nemotron_features(config, w, tokens_L), []
     for k in range(1, config["num_nextn_predict_layers"] + 1):
         first = (k - 1) * len(letters)
@@ -68,7 +62,7 @@ def nemotron_next(directory: pathlib.Path, tokens_L: np.ndarray) -> list[np.ndar
         read_LD = rms(w["backbone.embeddings.weight"][tokens_L[k:]], w[f"{module[0]}.enorm.weight"], eps)
         x_LD = rms(x_LD[:-1], w[f"{module[0]}.hnorm.weight"], eps)
         x_LD = np.concatenate([read_LD, x_LD], axis=1) @ w[f"{module[0]}.eh_proj.weight"].T
-        x_LD = nemotron_blocks(config, w, "mtp.layers", first, kinds, letters, x_LD)
+        x_LD = nemotron_blocks(config, w, "mtp.layers", first, letters, x_LD)
         x_LD = rms(x_LD, w[f"{module[1]}.final_layernorm.weight"], eps)
         logits.append(x_LD @ w["lm_head.weight"].T)
     return logits
@@ -79,22 +73,20 @@ def nemotron_blocks(
     w: dict[str, np.ndarray],
     name: str,
     first: int,
-    kinds: list[str],
     letters: str,
     x_LD: np.ndarray,
 ) -> np.ndarray:
     """x ← x + mixer(norm(x)) in each of the blocks, which are numbered from `first` on."""
     eps = config["layer_norm_epsilon"]
-    for i, (kind, letter) in enumerate(zip(kinds, letters, strict=True), first):
-        assert letter == {"full_attention": "*", "moe": "E", "linear_attention": "M", "mlp": "-"}[kind]
+    for i, letter in enumerate(letters, first):
         mixer = f"{name}.{i}.mixer"
         h_LD = rms(x_LD, w[f"{name}.{i}.norm.weight"], eps)
-        if kind == "full_attention":
+        if letter == "*":
             x_LD = x_LD + attention(config, w, mixer, h_LD, lambda q_LH: q_LH, lambda k_LH: k_LH)
-        elif kind == "linear_attention":
+        elif letter == "M":
             x_LD = x_LD + mamba(config, w, mixer, h_LD)
         else:
-            feed_forward = {"moe": nemotron_experts, "mlp": nemotron_mlp}[kind]
+            feed_forward = {"E": nemotron_experts, "-": nemotron_mlp}[letter]
             x_LD = x_LD + np.stack([feed_forward(config, w, mixer, h_D) for h_D in h_LD])
     return x_LD
 

@@ -196,7 +196,8 @@ def test_fused_experts_are_read(tmp_path: pathlib.Path) -> None:
             if values.pop("rope_theta", None):  # transformers 5 writes other names than published checkpoints have
                 values["num_local_experts"] = values.pop("num_experts")
             else:
-                values["layer_types"] = values.pop("layers_block_type")
+                kinds = {"*": "full_attention", "E": "moe"}
+                values["layer_types"] = [kinds[letter] for letter in values.pop("hybrid_override_pattern")]
             (tmp_path / name / "config.json").write_text(json.dumps(values))
             again, copy = import_model(tmp_path / name)
             assert again.model.rope_theta == config.model.rope_theta

@@ -105,13 +105,14 @@ def test_what_is_exact_stays_float32(exported: Any) -> None:
 
 
 def test_patterns_in_other_words(exported: Any, tmp_path: pathlib.Path) -> None:
-    """Of published files, which have a pattern alone; of older ones, with other names of blocks and fields."""
+    """With names of blocks, the pattern beside them or not; of older files, with other names of blocks and fields."""
     values = json.loads((exported[2] / "float32/config.json").read_text())
-    kinds = values.pop("layers_block_type")
+    assert values["hybrid_override_pattern"] == "MM*E-M" and "layers_block_type" not in values  # serving engines' words
     old = {"linear_attention": "mamba", "full_attention": "attention"}
     renamed = {"n_groups": "mamba_n_groups", "conv_kernel": "mamba_d_conv", "time_step_min": "mamba_dt_min"}
     older = {renamed.get(name, name): value for name, value in values.items() if name != "hybrid_override_pattern"}
-    for number, other in enumerate((values, older | {"layer_types": [old.get(kind, kind) for kind in kinds]})):
+    named = ({"layers_block_type": KINDS}, {"layer_types": [old.get(kind, kind) for kind in KINDS]})
+    for number, other in enumerate((values | named[0], older | named[1])):
         folder = tmp_path / str(number)
         folder.mkdir()
         (folder / "model.safetensors").symlink_to(exported[2] / "float32/model.safetensors")
@@ -144,11 +145,14 @@ IN, CONV = "backbone.layers.5.mixer.in_proj", "backbone.layers.0.mixer.conv1d"
 KINDS = ["linear_attention", "linear_attention", "full_attention", "moe", "mlp", "linear_attention"]
 BROKEN: dict[str, tuple[Callable[[pathlib.Path], None], str]] = {
     "another length": (with_config(num_hidden_layers=7), r"num_hidden_layers=7 must be 6, the number of blocks in MM"),
-    "two patterns": (with_config(hybrid_override_pattern="MM*EM-"), r"=MM\*EM- must be MM\*E-M, as layers_block_type"),
+    "two patterns": (
+        with_config(layers_block_type=KINDS, hybrid_override_pattern="MM*EM-"),
+        r"=MM\*EM- must be MM\*E-M, as layers_block_type",
+    ),
     "a letter": (with_config(hybrid_override_pattern="MM*E-X"), r"hybrid_override_pattern=MM\*E-X must be made of"),
     "a kind": (with_config(layers_block_type=[*KINDS[:5], "rwkv"]), "has rwkv, and may have full_att"),
     "no list": (with_config(layers_block_type=7), "config.json is not a config of nemotron_h"),
-    "no pattern": (with_config(layers_block_type=None, hybrid_override_pattern=None), "neither layers_block_type nor"),
+    "no pattern": (with_config(hybrid_override_pattern=None), "neither layers_block_type nor"),
     "an order that does not fit": (
         with_config(layers_block_type=[*KINDS[::-1]], hybrid_override_pattern="M-E*MM"),
         "backbone.layers.1",

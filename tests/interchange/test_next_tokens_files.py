@@ -94,7 +94,7 @@ def test_names_are_those_of_published_files(exported: Any) -> None:
     assert shapes["mtp.layers.0.eh_proj.weight"] == (16, 32)
     values = json.loads((folder / "config.json").read_text())
     assert values["num_nextn_predict_layers"] == 1
-    assert (values["mtp_layers_block_type"], values["mtp_hybrid_override_pattern"]) == (["full_attention", "moe"], "*E")
+    assert values["mtp_hybrid_override_pattern"] == "*E" and "mtp_layers_block_type" not in values
 
 
 def copied(folder: pathlib.Path, to: pathlib.Path) -> pathlib.Path:
@@ -107,13 +107,13 @@ def copied(folder: pathlib.Path, to: pathlib.Path) -> pathlib.Path:
 @pytest.mark.parametrize(
     "fields",
     [
-        {"mtp_layers_block_type": None},
+        {"mtp_layers_block_type": ["full_attention", "moe"]},
         {"mtp_layers_block_type": ["attention", "moe"], "mtp_hybrid_override_pattern": None},
-        {"mtp_layers_block_type": None, "mtp_hybrid_override_pattern": None},
+        {"mtp_hybrid_override_pattern": None},
     ],
 )
 def test_blocks_in_other_words(exported: Any, tmp_path: pathlib.Path, fields: dict[str, Any]) -> None:
-    """A pattern alone, older names of blocks, and the class's default."""
+    """Names beside the pattern, older names alone, and the class's default."""
     config, model, folder = exported
     with_config(**fields)(copied(folder, tmp_path / "in"))
     with on_mesh(config):
@@ -179,10 +179,13 @@ BROKEN: dict[str, tuple[Callable[[pathlib.Path], None], str]] = {
     "a million": (with_config(num_nextn_predict_layers=10**12), "asks for 2000000000000 blocks, and 32 tensors"),
     "less than none": (with_config(num_nextn_predict_layers=-1), "model.mtp_modules=-1 must be"),
     "no number": (with_config(num_nextn_predict_layers="one"), "config.json is not a config of nemotron_h"),
-    "two patterns": (with_config(mtp_hybrid_override_pattern="ME"), r"=ME must be \*E, as mtp_layers_block_type has"),
+    "two patterns": (
+        with_config(mtp_layers_block_type=["attention", "moe"], mtp_hybrid_override_pattern="ME"),
+        r"=ME must be \*E, as mtp_layers_block_type has",
+    ),
     "a kind": (with_config(mtp_layers_block_type=["rwkv"]), "mtp_layers_block_type has rwkv, and may have full_att"),
     "two layers": (
-        with_config(mtp_layers_block_type=None, mtp_hybrid_override_pattern="*E*E"),
+        with_config(mtp_hybrid_override_pattern="*E*E"),
         r"mtp_hybrid_override_pattern=\*E\*E must be one layer, which ends in its experts or its MLP; bigmac_jax",
     ),
     "experts of a dense model": (
