@@ -185,6 +185,21 @@ def test_a_loss_and_its_gradients(tmp_path: pathlib.Path) -> None:
     assert all(p.grad is not None and p.grad.abs().max() > 0 for p in model.parameters())
 
 
+def test_trainer(tmp_path: pathlib.Path) -> None:
+    """It evaluates: logits and labels of every row, and the loss that they give."""
+    pytest.importorskip("accelerate")
+    config = config_of("tiny")
+    with on_mesh(config):
+        exported(config, tmp_path / "out")
+    model, tokens = load(tmp_path / "out"), torch.tensor(tokens_of(config), dtype=torch.long)
+    options = transformers.TrainingArguments(tmp_path / "trained", use_cpu=True, report_to=[], disable_tqdm=True)
+    trainer = transformers.Trainer(model, options, eval_dataset=[{"input_ids": row, "labels": row} for row in tokens])
+    found = trainer.predict(trainer.eval_dataset)
+    np.testing.assert_allclose(found.predictions, their_logits(model, tokens.numpy()), atol=1e-5, rtol=0)
+    loss = model(tokens, labels=tokens).loss.item()
+    assert abs(trainer.evaluate()["eval_loss"] - loss) < 1e-5 and abs(found.metrics["test_loss"] - loss) < 1e-5
+
+
 def test_who_sees_whom(tmp_path: pathlib.Path) -> None:
     """By hand: two tokens behind one in the cache. The second row begins with two of padding; they see themselves
     alone, because a softmax over nothing is NaN."""

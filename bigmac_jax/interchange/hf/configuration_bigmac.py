@@ -52,7 +52,7 @@ class BigMacConfig(PretrainedConfig):
     """The fields are those of `DEFAULTS`; others are transformers' own."""
 
     model_type = "bigmac"
-    keys_to_ignore_at_inference = ("past_key_values", "cache")
+    keys_to_ignore_at_inference = ["past_key_values", "cache"]  # noqa: RUF012  Trainer adds a list to it
 
     def __init__(self, **values: Any):
         for name, default in DEFAULTS.items():

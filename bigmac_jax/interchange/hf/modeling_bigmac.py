@@ -235,10 +235,10 @@ class Block(nn.Module):
 class BigMacPreTrainedModel(PreTrainedModel):
     config_class = BigMacConfig
     base_model_prefix = "model"
-    _no_split_modules = ("Block",)
+    _no_split_modules = ["Block"]  # noqa: RUF012
     _supports_sdpa = True
     # Rounding the router to bfloat16 would send tokens to other experts.
-    _keep_in_fp32_modules_strict = ("router",)
+    _keep_in_fp32_modules_strict = ["router"]  # noqa: RUF012
 
     def _init_weights(self, module: nn.Module) -> None:
         std = self.config.initializer_range
