@@ -200,6 +200,40 @@ def test_trainer(tmp_path: pathlib.Path) -> None:
     assert abs(trainer.evaluate()["eval_loss"] - loss) < 1e-5 and abs(found.metrics["test_loss"] - loss) < 1e-5
 
 
+@pytest.mark.parametrize("place", ["call", "config"])
+def test_what_an_output_holds(place: str, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the call says, or else the config; what the class does not give is refused."""
+    config = config_of("tiny")
+    with on_mesh(config):
+        exported(config, tmp_path / "out")
+    model = load(tmp_path / "out", attn_implementation="eager")  # or transformers refuses output_attentions itself
+    tokens = torch.tensor(tokens_of(config), dtype=torch.long)
+
+    def call(part: Any, **options: bool) -> Any:
+        if place == "call":
+            return part(tokens, **options)
+        with monkeypatch.context() as patch:
+            for name, value in options.items():
+                patch.setattr(model.config, name, value, raising=False)
+            return part(tokens)
+
+    for part in (model, model.model):
+        whole = part(tokens, use_cache=False)[0]
+        one, cache = call(part, return_dict=False)
+        assert torch.equal(one, whole) and cache.get_seq_length() == tokens.shape[1]
+        states = call(part, output_hidden_states=True).hidden_states
+        assert len(states) == config.model.num_layers + 1
+        assert torch.equal(states[-1], model.model(tokens).last_hidden_state)
+        for name in ("output_attentions", "output_router_logits"):
+            with pytest.raises(ValueError, match=f"{name} must be False, in the call and in the config"):
+                call(part, **{name: True})
+    loss, logits, *_ = model(tokens, labels=tokens, return_dict=False)
+    assert loss.ndim == 0 and torch.equal(logits, model(tokens).logits)
+    model.config.return_dict, model.config.output_hidden_states = False, True
+    assert model(tokens, return_dict=True, output_hidden_states=False).hidden_states is None
+    assert model.generate(tokens, max_new_tokens=2, do_sample=False).shape[1] == tokens.shape[1] + 2
+
+
 def test_who_sees_whom(tmp_path: pathlib.Path) -> None:
     """By hand: two tokens behind one in the cache. The second row begins with two of padding; they see themselves
     alone, because a softmax over nothing is NaN."""

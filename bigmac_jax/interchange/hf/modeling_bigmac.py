@@ -240,6 +240,10 @@ class BigMacPreTrainedModel(PreTrainedModel):
     # Rounding the router to bfloat16 would send tokens to other experts.
     _keep_in_fp32_modules_strict = ["router"]  # noqa: RUF012
 
+    def option(self, name: str, given: bool | None) -> bool:
+        """What a call of `forward` gives, or else the config."""
+        return bool(getattr(self.config, name, False) if given is None else given)
+
     def _init_weights(self, module: nn.Module) -> None:
         std = self.config.initializer_range
         if isinstance(module, (nn.Linear, nn.Embedding, Router)):
@@ -276,23 +280,29 @@ class BigMacModel(BigMacPreTrainedModel):
         past_key_values: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
-        output_hidden_states: bool = False,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
         **others: Any,
-    ) -> BaseModelOutputWithPast:
+    ) -> BaseModelOutputWithPast | tuple[Any, ...]:
         """
         Args:
           attention_mask: [B, M], 0 where a token is padding; or a ready mask [B, 1, L, M].
           position_ids: [B, L]; by default they count from what the cache holds.
           cache: of the tokens before these; `past_key_values` is its older name.
+          return_dict: whether the output's parts have names; without them it is a tuple.
 
         Raises:
-          ValueError: M exceeds the learned positions, or the tokens are given twice or not at all.
+          ValueError: M exceeds the learned positions, the tokens are given twice or not at all, or something is asked
+            for that the class does not give.
         """
+        for name in ("output_attentions", "output_router_logits"):
+            if self.option(name, others.get(name)):
+                raise ValueError(f"{name} must be False, in the call and in the config: BigMac has no such output")
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give either input_ids or inputs_embeds")
         x_BLD = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         cache = past_key_values if cache is None else cache
-        if cache is None and (self.config.use_cache if use_cache is None else use_cache):
+        if cache is None and self.option("use_cache", use_cache):
             cache = DynamicCache(config=self.config)
         past = 0 if cache is None else cache.get_seq_length()
         L = x_BLD.shape[1]
@@ -309,8 +319,9 @@ class BigMacModel(BigMacPreTrainedModel):
             states.append(x_BLD)
             x_BLD = layer(x_BLD, position_ids, mask, cache)
         x_BLD = self.norm(x_BLD)
-        hidden_states = (*states, x_BLD) if output_hidden_states else None
-        return BaseModelOutputWithPast(last_hidden_state=x_BLD, hidden_states=hidden_states, **{_CACHE: cache})
+        hidden_states = (*states, x_BLD) if self.option("output_hidden_states", output_hidden_states) else None
+        output = BaseModelOutputWithPast(last_hidden_state=x_BLD, hidden_states=hidden_states, **{_CACHE: cache})
+        return output if self.option("return_dict", return_dict) else output.to_tuple()
 
 
 def causal_mask(length: int, past: int, attention_mask: Tensor | None, device: torch.device) -> Tensor:
@@ -347,17 +358,19 @@ class BigMacForCausalLM(BigMacPreTrainedModel, GenerationMixin):
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
         use_cache: bool | None = None,
-        output_hidden_states: bool = False,
+        output_hidden_states: bool | None = None,
         logits_to_keep: int | Tensor = 0,
+        return_dict: bool | None = None,
         **others: Any,
-    ) -> CausalLMOutputWithPast:
+    ) -> CausalLMOutputWithPast | tuple[Any, ...]:
         """As `BigMacModel`; `labels` [B, L] give the mean cross-entropy of the next token, without a balance loss."""
         outputs = self.model(
             input_ids, attention_mask, position_ids, cache, past_key_values, inputs_embeds, use_cache,
-            output_hidden_states,
+            output_hidden_states, return_dict=True, **others,
         )  # fmt: skip
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(outputs.last_hidden_state[:, kept])
         loss = None if labels is None else self.loss_function(logits, labels, self.config.vocab_size, **others)
-        cache = getattr(outputs, _CACHE)
-        return CausalLMOutputWithPast(loss=loss, logits=logits, hidden_states=outputs.hidden_states, **{_CACHE: cache})
+        states, cache = outputs.hidden_states, getattr(outputs, _CACHE)
+        output = CausalLMOutputWithPast(loss=loss, logits=logits, hidden_states=states, **{_CACHE: cache})
+        return output if self.option("return_dict", return_dict) else output.to_tuple()
