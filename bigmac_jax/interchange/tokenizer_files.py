@@ -35,6 +35,7 @@ def write_tokenizer(directory: pathlib.Path, config: Config, tokenizer: Tokenize
       chat: its special tokens are named; with its template they are single tokens in any text.
     """
     known: Container[str]
+    end: str | None
     if isinstance(tokenizer, SentencePieceTokenizer):
         (directory / tokenizer.file).write_bytes(tokenizer.content)
         known, end = tokenizer.pieces, tokenizer.pieces[tokenizer.eos_id]
