@@ -34,7 +34,7 @@ def main(_: list[str]) -> None:
     found = []
     for seed in _SEEDS.value:
         for name, overrides in CASES.items():
-            workdir = folder / f"{name.replace(', ', '-')}-{seed}"
+            workdir = folder / f"{name.replace(', ', '-')}-{_STEPS.value}-{seed}"
             _python(
                 "train.py", f"--workdir={workdir}", f"--config.train.steps={_STEPS.value}",
                 "--config.train.eval_every=0",

@@ -16,21 +16,27 @@ from bigmac_jax.model.exchange.wire import Wire
 
 @contextlib.contextmanager
 def local_exchange() -> Iterator[None]:
-    """While it lasts, programs are traced without the layer's all-to-alls and all-gathers (`ragged` keeps its own)."""
-    names = ("swap_metadata", "gather_metadata", "_swap", "_gather")
-    before = {name: getattr(Wire, name) for name in names}
-    local: dict[str, Any] = {"swap_metadata": _stay, "gather_metadata": _copy, "_swap": _stay, "_gather": _copy}
-    for name in names:
-        setattr(Wire, name, local[name])
+    """While it lasts, programs are traced without the layer's collectives (`ragged` keeps its own)."""
+    local: dict[str, Any] = {
+        "swap_metadata": _stay, "gather_metadata": _copy, "_swap": _stay, "_gather": _copy, "_reduce": _add,
+    }  # fmt: skip
+    before = {name: getattr(Wire, name) for name in local}
+    for name, function in local.items():
+        setattr(Wire, name, function)
     try:
         yield
     finally:
-        for name in names:
-            setattr(Wire, name, before[name])
+        for name, function in before.items():
+            setattr(Wire, name, function)
 
 
 def _stay(wire: Wire, x_SC: Array, *_: Any) -> Array:
     return x_SC
+
+
+def _add(wire: Wire, x_S: Array) -> Array:
+    """What this rank has for all of them."""
+    return x_S.sum(0)
 
 
 def _copy(wire: Wire, x: Array, *_: Any, tiled: bool = False) -> Array:

@@ -26,11 +26,12 @@ _TEXT = flags.DEFINE_enum("text", "unrepeated", ["unrepeated", "embedded"], "Wha
 _STUDIES = flags.DEFINE_list("studies", [], "Which, in their order; all of them by default.")
 _SEEDS = flags.DEFINE_list("seeds", [str(seed) for seed in grid.SEEDS], "Of train.seed.")
 _JOBS = flags.DEFINE_integer("jobs", -1, "Runs at a time; by default one a core, or a GPU.", lower_bound=-1)
-_FOLDER = flags.DEFINE_string("folder", "runs/quality", "Of the runs.")
-_OUTPUT = flags.DEFINE_string("output", "", "Where the figures go, by default to docs/results.")
+_FOLDER = flags.DEFINE_string("folder", "", "Of the runs, by default runs/quality, or runs/quality-gpu.")
+_OUTPUT = flags.DEFINE_string("output", "", "Where the figures go, by default to docs/results; those of a GPU apart.")
 _DEVICE = flags.DEFINE_enum("device", "cpu", ["cpu", "gpu"], "What trains.")
 _MINUTES = flags.DEFINE_float("minutes", 0, "After which no run goes on; 0: when all have ended.", lower_bound=0)
 _EMBEDDED, _UNREPEATED = "docs/results/quality.json", "docs/results/unrepeated.json"  # of which the pages are made
+_OF_GPUS = "docs/results/unrepeated-gpu.json"
 _ARMS_AT = 2500  # steps: the length of which all arms have three seeds
 # Tokens of fine_grained: those of the studies, and what all of the text costs where a token costs a quarter.
 BUDGETS = (2_048_000, 13_701_120 / 4, 5_120_000, 10_240_000, 13_701_120)
@@ -51,7 +52,9 @@ def main(_: list[str]) -> None:
         for condition in studies[name]
         if seed in condition.seeds
     ]
-    output = pathlib.Path(_OUTPUT.value or (_EMBEDDED if embedded else _UNREPEATED))
+    # Seeds of two devices are no pairs: a GPU's runs have files of their own.
+    output = pathlib.Path(_OUTPUT.value or (_EMBEDDED if embedded else _OF_GPUS if gpu else _UNREPEATED))
+    folder = pathlib.Path(_FOLDER.value or ("runs/quality-gpu" if gpu else "runs/quality"))
     jobs = _JOBS.value if _JOBS.value >= 0 else 1 if gpu else len(os.sched_getaffinity(0))
     if jobs:
         machine = Machine(_DEVICE.value, start + 60 * _MINUTES.value if _MINUTES.value else math.inf)
@@ -59,7 +62,7 @@ def main(_: list[str]) -> None:
         try:
             if not embedded:
                 corpus.prepare(unrepeated.CORPUS)
-            train_missing(output.stem, runs, output, pathlib.Path(_FOLDER.value), jobs, train, _say)
+            train_missing(output.stem, runs, output, folder, jobs, train, _say)
         except StoppedError:
             print(f"stopped after {_MINUTES.value:g} minutes; the same command goes on")
         except ValueError as error:

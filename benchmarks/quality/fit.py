@@ -20,7 +20,7 @@ _NAMES = {
     unrepeated.CONTROL: "fine_grained, norm",
     unrepeated.FINE: "fine_grained",
 }
-# Nats: a gap that three seeds don't tell within so much says which of them have learnt to copy (docs/quality.md).
+# Nats: what three seeds don't tell within so much says which of them have learnt to copy (docs/quality.md).
 _LARGEST_ERROR = 0.06
 Run = dict[str, Any]
 
@@ -57,9 +57,13 @@ def slope(runs: list[Run], lengths: tuple[int, int]) -> tuple[float, float]:
 
 
 def longest(runs: list[Run]) -> tuple[int, int]:
-    """The two longest lengths of which fine_grained has three seeds at h = 128."""
-    own = [run["steps"] for run in runs if (run["name"], run["width"]) == (unrepeated.FINE, 128)]
-    *_, short, long = sorted({steps for steps in own if own.count(steps) >= len(grid.SEEDS)})
+    """The two longest lengths of which fine_grained's loss at h = 128 is known, by three seeds."""
+    losses: dict[int, list[float]] = {}
+    for run in runs:
+        if (run["name"], run["width"]) == (unrepeated.FINE, 128):
+            losses.setdefault(run["steps"], []).append(run["loss"])
+    known = [steps for steps, own in losses.items() if len(own) >= len(grid.SEEDS) and mean(own)[1] <= _LARGEST_ERROR]
+    *_, short, long = sorted(known)
     return short, long
 
 

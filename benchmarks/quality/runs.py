@@ -51,7 +51,7 @@ def measure(
     """
     waiting = [run for run in dict.fromkeys(runs) if run[0].key(run[1]) not in known]
     cores = sorted(os.sched_getaffinity(0))
-    shares = [cores[number::jobs] for number in range(jobs)]
+    shares = [cores[number % len(cores) :: jobs] for number in range(jobs)]  # of more jobs than cores, some share one
 
     failed: list[Exception] = []
 
@@ -134,13 +134,17 @@ def command(workdir: pathlib.Path, cores: list[int], script: str, *flags: str, m
             [sys.executable, script, f"--workdir={workdir}", *devices, *flags],
             cwd=ROOT, stdout=subprocess.PIPE, stderr=errors, text=True, env=os.environ | {"JAX_PLATFORMS": platform},
         )  # fmt: skip
-        os.sched_setaffinity(process.pid, cores)
         try:
+            os.sched_setaffinity(process.pid, cores)
             output, _ = process.communicate(timeout=None if math.isinf(machine.end) else machine.end - time.monotonic())
         except subprocess.TimeoutExpired:
             process.send_signal(signal.SIGTERM)
             process.communicate()
             raise StoppedError(workdir.name) from None
+        except BaseException:
+            process.kill()
+            process.communicate()
+            raise
     if process.returncode:
         raise RuntimeError(f"{script} of {workdir.name}: {(log.read_text().strip().splitlines() or ['?'])[-1]} ({log})")
     return output

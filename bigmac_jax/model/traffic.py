@@ -61,12 +61,14 @@ def tokens_at_a_time(config: Config, ranks: int) -> int:
     return config.data.batch_size * config.data.sequence_length // parts
 
 
-def sends_ragged(config: Config, ranks: int, group: ExpertGroup) -> bool:
-    """Whether the exchanges of a training step are ragged, by execution.exchange or because `auto` takes them."""
+def sends_ragged(config: Config, ranks: int, group: ExpertGroup, teaches: bool = False) -> bool:
+    """Whether the exchanges of a training step are ragged, by execution.exchange or because `auto` takes them; those of
+    a teacher, which drops nothing, if it is the config of one."""
     m = config.step_model
     if not m.is_moe or math.prod(group.sizes) == 1:
         return False
-    return isinstance(choose_exchange(config, m.capacity_factor, tokens_at_a_time(config, ranks), group), Ragged)
+    capacity_factor = math.inf if teaches else m.capacity_factor
+    return isinstance(choose_exchange(config, capacity_factor, tokens_at_a_time(config, ranks), group), Ragged)
 
 
 def exchanges_again(config: Config) -> bool:

@@ -14,6 +14,7 @@ import jax
 
 from bigmac_jax.config import Config, ConfigError
 from bigmac_jax.model.exchange.costs import Sent
+from bigmac_jax.model.kernels.flash_attention import attention_implementation
 from bigmac_jax.model.mesh import HOST, make_mesh
 from bigmac_jax.planning import hlo, hlo_schedule, host_copies
 from bigmac_jax.planning.abstract_programs import NAMES, make_program
@@ -165,7 +166,8 @@ def _describe(compiled: Compiled, config: Config, target: Target) -> dict[str, A
     scheduled = module.scheduled and device.platform in ("tpu", "gpu")
     if scheduled and config.model.is_moe and compiled.name == "step":
         result["schedule"] = _describe_schedule(module, compiled, cluster(compiled.mesh, hardware, target.torus))
-        if config.dropless and config.execution.attention != "xla" and not config.tuning.lora_rank:
+        of_kernels = attention_implementation(config, device.platform) != "xla"
+        if config.dropless and of_kernels and not config.tuning.lora_rank:
             result["formula_flops_outside_kernels"] = flops_outside_kernels(config, device.platform)
         options = environment.compiler_options(device)
         if device.platform == "tpu" and not options.get("xla_tpu_enable_async_all_to_all"):

@@ -2,7 +2,6 @@
 JAX writes them in place, replaces none, and would compile it at every later start, with a warning of two lines.
 """
 
-import contextlib
 import logging
 import pathlib
 import re
@@ -18,6 +17,7 @@ _TROUBLE = re.compile(r"Error (reading|writing) persistent compilation cache ent
 _SAID = {
     "reading": "cannot be read ({why}); it is compiled and written anew",
     "writing": "cannot be written ({why}); the next start compiles it again",
+    "staying": "cannot be read ({why}), nor deleted; every start compiles it, until somebody deletes it",
 }
 _BEGAN = time.time()  # what is older was not cut short by this process
 _log = logging.getLogger(__name__)
@@ -50,7 +50,11 @@ def mend(folder: pathlib.Path, message: str) -> str:
     doing, name, why = found.groups()
     if not is_store(folder):  # which has an object whole or not at all
         for file in folder.glob(f"{name}-*-cache"):  # JAX gives no more than the name: those of other meshes go as well
-            with contextlib.suppress(OSError):  # somebody else's
+            try:
                 if doing == "reading" or file.stat().st_mtime >= _BEGAN:
                     file.unlink()
+            except FileNotFoundError:  # another process was first
+                pass
+            except OSError:  # somebody else's
+                doing = "staying" if doing == "reading" else doing
     return f"a compiled program, {name} in {folder}, {_SAID[doing].format(why=why)}"

@@ -163,31 +163,38 @@ def find_files(pattern: pathlib.Path) -> dict[pathlib.Path, int]:
 def list_files(folder: pathlib.Path) -> dict[pathlib.Path, int]:
     """All files in a folder and below it, in order → bytes. On a store that is one request per thousand files.
 
-    Linked files and folders are among them. A folder that cannot be read and a link that leads nowhere stand there
-    themselves, with 0 bytes, so that whoever reads them says what is wrong.
+    Linked files and folders are among them, a folder once: where it stands, or by the first of its links. A folder that
+    cannot be read and a link that leads nowhere stand there themselves, with 0 bytes, so that whoever reads them says
+    what is wrong.
     """
     if is_store(folder):
         return _file_sizes(folder, filesystem(folder).find(str(folder), detail=True))
-    return dict(sorted(_walk(folder))) if folder.is_dir() else {}
+    found, seen, waiting = dict[pathlib.Path, int](), set[str](), [folder] if folder.is_dir() else []
+    while waiting:
+        linked: list[pathlib.Path] = []
+        for one in waiting:
+            _walk(one, found, seen, linked)
+        waiting = sorted(linked)
+    return dict(sorted(found.items()))
 
 
-def _walk(folder: pathlib.Path, above: tuple[str, ...] = ()) -> Iterator[tuple[pathlib.Path, int]]:
-    """Yields what `list_files` does; a link to a folder that it stands in, one of those `above`, ends there."""
-    real = os.path.realpath(folder)
-    if real in above:
+def _walk(folder: pathlib.Path, found: dict[pathlib.Path, int], seen: set[str], linked: list[pathlib.Path]) -> None:
+    """Adds a folder's files to those that were found, unless its real place was seen; links to folders wait."""
+    if (real := os.path.realpath(folder)) in seen:
         return
+    seen.add(real)
     try:
-        names = os.listdir(folder)
+        names = sorted(os.listdir(folder))
     except OSError:
-        yield folder, 0
+        found[folder] = 0
         return
     for path in (folder / name for name in names):
         if os.path.isdir(path):
-            yield from _walk(path, (*above, real))
+            linked.append(path) if os.path.islink(path) else _walk(path, found, seen, linked)
         elif os.path.isfile(path):
-            yield path, path.stat().st_size
+            found[path] = path.stat().st_size
         elif not os.path.exists(path):
-            yield path, 0
+            found[path] = 0
 
 
 def _file_sizes(place: pathlib.Path, entries: dict[str, Any]) -> dict[pathlib.Path, int]:

@@ -252,7 +252,8 @@ def make_trainer(config: Config, mesh: Mesh, teacher: Config | None = None) -> T
         compiler_options=environment.compiler_options(
             mesh.devices.flat[0],
             overlap=execution.overlap_chunks > 1,
-            ragged=any(sends_ragged(model, mesh.size, current_group()) for model in (config, teacher) if model),
+            ragged=sends_ragged(config, mesh.size, current_group())
+            or (teacher is not None and sends_ragged(teacher, mesh.size, current_group(), teaches=True)),
             offload=execution.offload_optimizer,
             given=parse_options(execution.compiler_options),
         ),

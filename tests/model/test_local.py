@@ -12,20 +12,23 @@ from .tools import tiny
 SENDS = ("all_to_all", "all_gather", "reduce_scatter", "psum_scatter")
 
 
-def program(exchange: str) -> tuple[str, list[tuple[int, ...]]]:
+def program(exchange: str, dtype: str) -> tuple[str, list[tuple[int, ...]]]:
     """The traced layer with its gradients, as text, and the shapes that it gives."""
-    fields = {"exchange": exchange, "hidden_size": 32, "num_experts": 8, "top_k": 2, "wire_dtype": "bfloat16"}
+    fields = {"exchange": exchange, "hidden_size": 32, "num_experts": 8, "top_k": 2, "wire_dtype": dtype}
     config = tiny((1, 2, 2), batch=4, length=16, **fields)
     traced = layer(config, gradients=True)
     return str(traced.jaxpr), [leaf.shape for leaf in jax.tree.leaves(traced.out_info)]
 
 
-@pytest.mark.parametrize("exchange", ["all_to_all", "dedup", "hierarchical", "gather"])
-def test_nothing_is_sent_and_shapes_stay(exchange: str) -> None:
-    text, shapes = program(exchange)
+@pytest.mark.parametrize(
+    ("exchange", "dtype"),
+    [*((name, "bfloat16") for name in ("all_to_all", "dedup", "hierarchical", "gather")), ("gather", "float32")],
+)
+def test_nothing_is_sent_and_shapes_stay(exchange: str, dtype: str) -> None:
+    text, shapes = program(exchange, dtype)
     assert any(name in text for name in SENDS)
     with local_exchange():
-        local, local_shapes = program(exchange)
+        local, local_shapes = program(exchange, dtype)
     assert not any(f"{name}[" in local for name in SENDS), exchange
     assert local_shapes == shapes
     assert local.count("dot_general[") == text.count("dot_general[")  # all matmuls are there

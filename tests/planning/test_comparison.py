@@ -44,6 +44,7 @@ def test_gaps_by_hand() -> None:
     # An error of 0.10 says that it has learnt what the others have not.
     fresh += [run("r = 1/4", 1000, seed, loss) for seed, loss in ((3, 5.0), (1, 5.1), (2, 4.75))]
     assert fit.gaps(fresh) == [fitted]
+    fresh += [run("fine_grained", 3000, seed, 4.0 + 0.1 * seed) for seed in (1, 3, 5)]
     assert fit.longest(fresh) == (1000, 2000)
     assert fit.slope(fresh, (1000, 2000)) == pytest.approx((0.7 / math.log(2), 0))
 

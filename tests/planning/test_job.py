@@ -129,6 +129,8 @@ def test_our_router_is_exact(platform: str, passes: int) -> None:
     machine = dataclasses.replace(PLAIN, platform=platform)
     plain, ours = (product_seconds(job(MOE, ours=ours), machine) for ours in (False, True))
     assert ours["router"] == pytest.approx(passes * plain["router"]) and ours["mlp"] == plain["mlp"]
+    plain, ours = (product_seconds(job(MOE, ours=ours, dtype="float32"), machine) for ours in (False, True))
+    assert ours["router"] == pytest.approx({"gpu": 7.4, "tpu": 6}[platform] * plain["router"])
     slow = dataclasses.replace(machine, memory_bandwidth=1e6)
     plain, ours = (product_seconds(job(MOE, ours=ours), slow) for ours in (False, True))
     assert ours["router"] == pytest.approx(2 * plain["router"])

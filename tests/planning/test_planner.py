@@ -561,6 +561,11 @@ def test_a_recipe_is_planned_to_fit_the_machine_that_it_names(recipe: str, topol
     assert make_plan(load_config(recipe), Request(topology=topology))["headroom"] > 0
 
 
+def test_every_recipe_of_a_model_names_a_machine() -> None:
+    named = {pathlib.PurePath(recipe.partition(":")[0]).stem for recipe, _ in MACHINES}
+    assert named >= {"qwen3_30b", "large", "long", "nemotron3_nano", "nemotron3_super", "nemotron3_ultra"}
+
+
 def test_a_teacher_is_not_planned() -> None:
     """Whatever is asked: it would hold a second model, and pass forward through it."""
     with pytest.raises(ConfigError, match=r"tuning\.teacher=other is a second model, which is not planned"):

@@ -65,4 +65,7 @@ def test_a_program_of_somebody_else_stays(tmp_path: pathlib.Path, monkeypatch: p
     (tmp_path / "jit_step-1-cache").write_bytes(b"")
     monkeypatch.setattr(pathlib.Path, "unlink", refuse)
     bad = "Error reading persistent compilation cache entry for 'jit_step': PermissionError: [Errno 13]"
-    assert mend(tmp_path, bad).startswith(f"a compiled program, jit_step in {tmp_path}, cannot be read (PermissionErr")
+    assert mend(tmp_path, bad) == (
+        f"a compiled program, jit_step in {tmp_path}, cannot be read (PermissionError: [Errno 13]), nor deleted; every "
+        f"start compiles it, until somebody deletes it"
+    )

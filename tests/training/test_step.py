@@ -239,7 +239,10 @@ def test_the_compiler_is_told_of_ragged_exchanges(
     config = tiny(exchange=exchange, capacity_factor=capacity)
     with on_mesh(config):
         make_trainer(config, make_mesh(config))
-    assert told["ragged"] is ragged
+        assert told["ragged"] is ragged
+        if (exchange, capacity) == ("auto", 1.25):  # a teacher drops nothing, whatever it was trained with
+            make_trainer(config, make_mesh(config), config)
+            assert told["ragged"]
 
 
 def test_a_configs_options_reach_the_step() -> None:

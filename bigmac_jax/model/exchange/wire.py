@@ -104,7 +104,7 @@ class Wire:
             if movement is not None:
                 return decode(movement(encode(x, format), where), format, x.dtype)
             if format == "float32":
-                return jax.lax.psum_scatter(encode(x, format), self.axis, scatter_dimension=0).astype(x.dtype)
+                return self._reduce(encode(x, format)).astype(x.dtype)
             # Small formats cannot be added on the way: the rows cross as they are, and are added in float32.
             received = decode(self._swap(encode(x, format), None), format, jnp.float32)
             return received.sum(0).astype(x.dtype)
@@ -125,6 +125,9 @@ class Wire:
 
     def _gather(self, x_T: Array, _: Any) -> Array:
         return jax.lax.all_gather(x_T, self.axis)
+
+    def _reduce(self, x_ST: Array) -> Array:
+        return jax.lax.psum_scatter(x_ST, self.axis, scatter_dimension=0)
 
 
 def _kept(received: Array) -> Array:

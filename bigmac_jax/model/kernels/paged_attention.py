@@ -134,9 +134,7 @@ def kernel(q_GWXH: Array, keys_GnpH: Array, values_GnpH: Array, table_WK: Array,
     table_WK = jnp.where(own_WK, table_WK, table_WK[:, :1])
     table_WK = jnp.pad(table_WK, ((0, 0), (0, -K % pages)), mode="edge")
     q_WNH = q_GWXH.swapaxes(0, 1).reshape(W, G * X, H)
-    # A call has all of its rows' table in scalar memory.
-    calls = -(-4 * table_WK.size // _TABLE_BYTES)
-    w = -(-W // calls)
+    w = max(1, _TABLE_BYTES // (4 * table_WK.shape[1]))  # a call has all of its rows' table in scalar memory
     read = functools.partial(tpu.paged_attention, pages_per_compute_block=pages)
     y_WNH = jnp.concatenate(
         [

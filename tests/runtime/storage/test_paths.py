@@ -197,17 +197,19 @@ def test_a_file_that_a_disk_does_not_take_leaves_nothing(
 
 
 def test_linked_folders_are_listed(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As a glob lists them, though a loop of links ends; what cannot be looked into is not passed over."""
+    """Each folder once, where it stands, or by the first of its links; what cannot be looked into is named."""
     for name in ("c/a.txt", "c/sub/b.txt", "far/web.txt", "far/deep/d.txt"):
         storage.write_atomically(tmp_path / name, name.encode())
     folder = tmp_path / "c"
     for link, target in (("far", "../far"), ("sub/up", ".."), ("one.txt", "../far/web.txt")):
         (folder / link).symlink_to(target)
     (tmp_path / "far" / "back").symlink_to("../c/sub")
+    for link, target in (("again", "../far"), ("latest", "sub")):
+        (folder / link).symlink_to(target)
     os.mkfifo(folder / "pipe")
-    names = ["a.txt", "far/back/b.txt", "far/deep/d.txt", "far/web.txt", "one.txt", "sub/b.txt"]
+    names = ["a.txt", "again/deep/d.txt", "again/web.txt", "one.txt", "sub/b.txt"]
     assert list(storage.list_files(folder)) == [folder / name for name in names]
-    assert storage.list_files(folder)[folder / "far" / "web.txt"] == len("far/web.txt")
+    assert storage.list_files(folder)[folder / "again" / "web.txt"] == len("far/web.txt")
     (folder / "gone").symlink_to("../unmounted")
     (folder / "itself").symlink_to("itself")
     listdir = os.listdir
