@@ -12,11 +12,12 @@ from jax.ad_checkpoint import checkpoint_name
 
 from bigmac_jax.config import Config, ModelConfig
 from bigmac_jax.model.gathering import on_each_rank
-from bigmac_jax.model.layers import divisor
+from bigmac_jax.model.layers import divisor, last_axes
 from bigmac_jax.model.mesh import per_replica, rank_spec, replicated_spec, token_spec
 from bigmac_jax.model.router import Padding
 
 _BINS = 1000  # of the histogram of required biases (Kimi K3's report)
+_NEAREST = 1e-6  # the first edges beside an expert's bias, of the range
 BALANCE_BIAS = "evened"  # what `balance_bias` gives: execution.remat keeps it, whatever else it computes again
 # `balance_bias`: steps of the dual, and how each finds its quantiles: by 16 parts of a range five times, to 1e-6 of it.
 _DUAL_STEPS, _PARTS, _SEARCHES = 4, 16, 5
@@ -48,29 +49,40 @@ def required_bias(config: Config, scores_BLE: Array, bias_E: Array, padding: Pad
     """Counts, for each expert, the biases with which tokens would choose it: the input of `solve_bias`.
 
     A token chooses an expert whose score and bias exceed its cut, the K+1st best of all experts, so that the bias that
-    it requires is cut - score. Returns the cumulative counts at the edges of `_BINS` bins [U, E, bins + 1]; or, of a
-    batch that is small enough, all required biases, sorted, [1, E, T].
+    it requires is cut - score. Returns the cumulative counts at the `_edges` [U, E, bins + 1]; or, of a batch that is
+    small enough, all required biases, sorted, [1, E, T].
     """
     m = config.model
     scores_BLE = jax.lax.stop_gradient(scores_BLE)
-    edges = bias_E.min() - 1 + jnp.linspace(0.0, 1.0, _BINS + 1) * (bias_E.max() - bias_E.min() + 2)
 
     required = functools.partial(_required, m)
     if config.sorts_biases:
         required_BLE = required(jax.sharding.reshard(scores_BLE, replicated_spec(3)), bias_E)
         return jnp.sort(required_BLE.reshape(-1, m.expert_count).T)[None]
 
-    def counted(scores_BLE: Array, bias_E: Array, edges: Array, *mask: Array) -> Array:
+    def counted(scores_BLE: Array, bias_E: Array, edges_Eb: Array, *mask: Array) -> Array:
         required_TE = required(scores_BLE, bias_E).reshape(-1, m.expert_count)
-        within_TEb = required_TE[..., None] <= edges.reshape(1, 1, -1)
+        within_TEb = required_TE[..., None] <= edges_Eb[None]
         if mask:
             within_TEb &= ~mask[0].reshape(-1, 1, 1)
         return within_TEb.sum(0, dtype=jnp.float32)[None]
 
-    given, specs = [scores_BLE, bias_E, edges], [token_spec(3), replicated_spec(1), replicated_spec(1)]
+    given, specs = [scores_BLE, bias_E, _edges(bias_E)], [token_spec(3), replicated_spec(1), replicated_spec(2)]
     if padding is not None:
         given, specs = [*given, padding.mask_BL], [*specs, token_spec(2)]
     return per_replica(on_each_rank(counted, given, in_spec=specs, out_specs=rank_spec(3))).sum(1)
+
+
+def _edges(bias_E: Array) -> Array:
+    """Edges of the bins, the closer to each other the nearer they are to an expert's bias, which moves little from step
+    to step: scores of a softmax over hundreds of experts differ by less than a thousandth → [..., E, bins + 1].
+
+    A cut lies between two experts' scores and biases, so scores of up to 1 require nothing outside.
+    """
+    side = _NEAREST ** jnp.linspace(1.0, 0.0, _BINS // 2)
+    around = jnp.concatenate([-side[::-1], jnp.zeros(1), side])
+    reach = (bias_E.max(-1, keepdims=True) - bias_E.min(-1, keepdims=True) + 1)[..., None]
+    return bias_E[..., None] + reach * last_axes(around, reach)
 
 
 def _required(m: ModelConfig, scores_BLE: Array, bias_E: Array) -> Array:
@@ -129,10 +141,10 @@ def _quantile(cumulative: Array, share: float, bias_E: Array) -> Array:
     """The value at which a count that grows evenly inside each bin reaches `share` of all."""
     wanted = share * cumulative[..., -1:]
     last = jnp.argmax(cumulative >= wanted, axis=-1, keepdims=True)  # the first edge that reaches it
-    above, below = (jnp.take_along_axis(cumulative, jnp.maximum(last - n, 0), axis=-1) for n in (0, 1))
+    edges, two = _edges(bias_E), (jnp.maximum(last - 1, 0), last)
+    (below, above), (low, high) = ([jnp.take_along_axis(v, n, axis=-1) for n in two] for v in (cumulative, edges))
     inside = (wanted - below) / jnp.maximum(above - below, 1e-6)  # counts may be means over parts
-    width = (bias_E.max(-1, keepdims=True) - bias_E.min(-1, keepdims=True) + 2) / _BINS
-    return (bias_E.min(-1, keepdims=True) - 1 + width * (last - 1 + inside)[..., 0]).astype(jnp.float32)
+    return (low + inside * (high - low))[..., 0]
 
 
 def update_bias(config: Config, bias_YE: Array, load_YE: Array, quantile_stats: Array) -> Array:
