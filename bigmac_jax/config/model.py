@@ -43,7 +43,7 @@ class ModelConfig(Section):
     use_bias: bool = False
     qk_norm: bool = True
     tie_embeddings: bool = True
-    scale_embedding: bool = True  # what is read of the embedding is multiplied by √h
+    scale_embedding: bool = True  # what is read of the embedding, learned positions with it, is multiplied by √h
     dropout: Share = 0.0  # of the embedding and of each residual branch
     # The feed-forward layer. `vanilla` turns num_experts into e·r/4 experts of width 4h, and sends a token to one.
     num_experts: Count = 32  # e

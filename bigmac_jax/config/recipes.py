@@ -12,7 +12,8 @@ from bigmac_jax.config.training import DataConfig, OptimizerConfig, TrainConfig
 
 
 def paper(structure: Structure, num_layers: int, hidden_size: int, num_heads: int) -> Config:
-    """A base model with the hyper-parameters of the paper's Table 5: GPT-2's backbone, 64 experts, K = 8, r = 1/4.
+    """A base model with the hyper-parameters of the paper's Table 5: GPT-2's backbone but for the embedding's factor
+    √h, 64 experts, K = 8, r = 1/4.
 
     Its tensor parallelism of 4 is left out; a step has 0.5 M tokens.
     """

@@ -71,7 +71,8 @@ class NextTokens(nnx.Module):
 
 def look_ahead(batch: Batch, by: int) -> Batch:
     """What next-token module `by` sees of a batch: the token that stands so many behind each position, and its target.
-    Where none does in the window or in the position's document, the segment is PADDING, and there is no target."""
+    Where none does in the window or, if documents are kept apart, in the position's, the segment is PADDING, and there
+    is no target."""
 
     def shift(inputs_BL: Array, targets_BL: Array, *given: Array) -> tuple[Array, Array, Array]:
         def ahead(v_BL: Array, fill: int) -> Array:
