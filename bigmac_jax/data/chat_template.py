@@ -22,7 +22,14 @@ import tokenizers
 from bigmac_jax.config import ConfigError
 from bigmac_jax.data.chat_files import ChatFiles, read_chat
 from bigmac_jax.data.documents import log_once
-from bigmac_jax.data.tokenizer import END_OF_TEXT, ByteTokenizer, JsonTokenizer, Tokenizer, TooLongError, encode_at_most
+from bigmac_jax.data.tokenizer import (
+    END_OF_TEXT,
+    JsonTokenizer,
+    SentencePieceTokenizer,
+    Tokenizer,
+    TooLongError,
+    encode_at_most,
+)
 
 _DATE = "strftime_now"  # the function by which a template asks for the date
 # For a model that was tuned without a template of its own.
@@ -315,7 +322,10 @@ def _make_encoder(tokenizer: Tokenizer) -> tuple[Callable[[Sequence[str]], list[
             return [found.ids for found in knowing.encode_batch_fast(list(texts), add_special_tokens=False)]
 
         return encode_batch, [end, *(name for name in names if name != end)]
-    end = END_OF_TEXT if isinstance(tokenizer, ByteTokenizer) else tokenizer.decode([tokenizer.eos_id]) or "</s>"
+    if isinstance(tokenizer, SentencePieceTokenizer):  # which decodes it to nothing
+        end = tokenizer.pieces[tokenizer.eos_id]
+    else:
+        end = tokenizer.decode([tokenizer.eos_id]) or END_OF_TEXT
 
     def encode(text: str) -> list[int]:
         first, *others = text.split(end)

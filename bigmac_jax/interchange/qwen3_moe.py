@@ -86,7 +86,8 @@ def to_json(config: Config, leaves: Leaves) -> dict[str, Any]:
         "num_experts": m.expert_count,
         "num_experts_per_tok": m.choices,
         "norm_topk_prob": m.router_renormalize and m.choices > 1,
-        "router_aux_loss_coef": m.balance_coefficient,
+        # Theirs is K where loads are even, in means over all layers; ours is 1 for each layer.
+        "router_aux_loss_coef": m.balance_coefficient * m.depth / m.choices if m.balance == "aux_loss" else 0.0,
         "tie_word_embeddings": _tied(m),
     }
 

@@ -20,7 +20,14 @@ from bigmac_jax.data.chat_template import DEFAULT, Chat, ChatError, PromptLimit
 from bigmac_jax.data.conversations import Conversations
 from bigmac_jax.data.pipeline import TrainIterator, count_targets, eval_batches, open_stream
 from bigmac_jax.data.splits import hold_out, text_key
-from bigmac_jax.data.tokenizer import ByteTokenizer, JsonTokenizer, Tokenizer, TooLongError, train_bpe
+from bigmac_jax.data.tokenizer import (
+    ByteTokenizer,
+    JsonTokenizer,
+    SentencePieceTokenizer,
+    Tokenizer,
+    TooLongError,
+    train_bpe,
+)
 
 EOS = 256
 TURNS = [
@@ -177,7 +184,10 @@ def test_a_template_is_rendered_as_transformers_does() -> None:
 
 
 def test_a_tokenizer_of_another_kind_is_cut_at_its_end_of_text() -> None:
-    """Which SentencePiece decodes to nothing."""
+    """Which SentencePiece decodes to nothing, and knows by its name."""
+    gemma = object.__new__(SentencePieceTokenizer)
+    vars(gemma).update(pieces=["<pad>", "<eos>", "a"], eos_id=1, token_bytes=0)
+    assert Chat(gemma, "{{ messages[0].content }}{{ eos_token }}").end == "<eos>"
 
     class Other(Tokenizer):
         vocab_size, eos_id, fingerprint = 300, 256, "other"
@@ -189,7 +199,7 @@ def test_a_tokenizer_of_another_kind_is_cut_at_its_end_of_text() -> None:
         def decode(self, ids: Any) -> str:
             return self.name if list(ids) == [256] else bytes(ids).decode()
 
-    for Other.name, end in (("", "</s>"), ("<e>", "<e>")):
+    for Other.name, end in (("", "<|endoftext|>"), ("<e>", "<e>")):
         chat = Chat(Other(), "{{ messages[0].content }}{{ eos_token }}b{{ eos_token }}")
         assert chat.end == end and chat.prompt([{"role": "user", "content": "a"}]) == [97, 256, 98, 256]
         assert chat.encode_batch(["", f"a{end}"]) == [[], [97, 256]]

@@ -344,6 +344,13 @@ def test_a_frozen_router_has_a_class_of_its_own_no_more_than_a_linear_one(tmp_pa
     np.testing.assert_array_equal(leaves(copy)["layers.mlp.router_DE"], leaves(model)["layers.mlp.router_DE"])
 
 
+@pytest.mark.parametrize(("balance", "expected"), [("aux_loss", 0.25), ("bias", 0.0), ("none", 0.0)])
+def test_the_balance_loss_presses_as_hard(balance: str, expected: float) -> None:
+    """transformers' is K where loads are even, over all layers at once; ours is 1 for each of them."""
+    config = tiny(batch=4, **QWEN | {"balance": balance, "balance_coefficient": 0.125, "num_layers": 4, "top_k": 2})
+    assert qwen3_moe.to_json(config, {})["router_aux_loss_coef"] == expected
+
+
 def test_models_that_have_every_tensor() -> None:
     """Those of which `make test` judges the values: together they hold each tensor that the class may have."""
     found = set()
