@@ -21,6 +21,8 @@ def explain(error: BaseException) -> str:
         )
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         return f"{error.filename or 'a file'} cannot be written ({error.strerror}); free space"
+    if isinstance(error, OSError) and (fix := storage.UNREADABLE_NOW.get(error.errno or 0)) and error.filename:
+        return f"{error.filename} cannot be read or written ({error.strerror}); {fix}"
     if storage.is_store_error(error):
         return f"a store can't be read or written now ({storage.reason(error)}); run it again later"
     return ""

@@ -33,6 +33,16 @@ _ERRORS = {
     "requests": ("RequestException",),
     "botocore.exceptions": ("BotoCoreError", "ClientError"),
 }
+# Errors of a disk that say nothing of what a path holds: it may be read another time, or by another process.
+UNREADABLE_NOW = {
+    errno.EACCES: "give this user the right to it",
+    errno.EMFILE: "raise the limit of open files (ulimit -n)",
+    errno.ENFILE: "end what holds so many files open",
+    errno.ENOMEM: "free memory",
+    errno.ENOTCONN: "mount its file system again",
+    errno.ESTALE: "run it again",
+    errno.ETIMEDOUT: "run it again later",
+}
 AWAY = 300.0  # seconds after which a store that does not answer ends the job
 _AT_ONCE = {"batch_size": 16}  # objects that are sent, fetched or copied at a time
 
@@ -96,6 +106,11 @@ def is_store_error(error: BaseException) -> bool:
     """Whether an error comes from a store or its network, and not from a disk, whose errors have an `errno`."""
     of_disk = isinstance(error, OSError) and type(error).__module__ == "builtins" and error.errno is not None
     return isinstance(error, errors()) and not of_disk
+
+
+def may_pass(error: OSError, path: pathlib.Path) -> bool:
+    """Whether an error of reading a path says nothing of what it holds; on a store a moment without it is one."""
+    return is_store(path) or error.errno in UNREADABLE_NOW
 
 
 def reason(error: BaseException) -> str:

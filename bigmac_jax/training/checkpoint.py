@@ -13,7 +13,6 @@ import logging
 import math
 import os
 import pathlib
-import re
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypeVar
@@ -28,6 +27,7 @@ from bigmac_jax.training.checkpoint_arrays import (
     DamagedError,
     check_shapes,
     find_nonfinite,
+    os_code,
     read_arrays,
 )
 from bigmac_jax.training.checkpoint_folder import CheckpointFolder
@@ -172,8 +172,8 @@ class Checkpoints:
     def _failed(self, error: Exception) -> None:
         if hosts.is_distributed():
             raise error  # the others wait for this process inside Orbax: better that the job ends and is restarted
-        code = re.search(r"os_error_code='(\d+)'", str(error))  # of TensorStore, at the end of a long line
-        cause = os.strerror(int(code[1])) if code else f"{type(error).__name__}: {error}"[:300]
+        code = os_code(error)
+        cause = os.strerror(code) if code else f"{type(error).__name__}: {error}"[:300]
         _log.warning(
             "the checkpoint of step %d could not be written (%s); older ones are kept, the next save tries again",
             self._saving,

@@ -1,6 +1,7 @@
 """Writes and reads the arrays of a checkpoint. Behind each chunk lies its CRC-32C, which every reader compares."""
 
 import functools
+import os
 import pathlib
 import re
 import sys
@@ -15,7 +16,7 @@ from bigmac_jax.config import ConfigError
 from bigmac_jax.model.parameters import leaf_name
 from bigmac_jax.model.resident import in_host, take_layer
 from bigmac_jax.runtime import hosts
-from bigmac_jax.runtime.storage import is_store
+from bigmac_jax.runtime.storage import UNREADABLE_NOW, is_store
 
 CHECKSUM: list[dict[str, Any]] = [{"name": "crc32c"}]
 # TensorStore's errors about contents; on a store, others may be its own trouble, which passes.
@@ -87,6 +88,8 @@ def read_arrays(directory: pathlib.Path, abstract: dict[str, Any]) -> dict[str, 
             _silence_dropped_reads()
             damage = _describe_damage(error, is_store(directory))
             if not damage:
+                if code := os_code(error):
+                    raise OSError(code, os.strerror(code), str(directory)) from error
                 raise
     if damage := next(filter(None, hosts.gather(damage)), ""):
         raise DamagedError(damage)
@@ -115,12 +118,21 @@ def _describe_damage(error: BaseException | None, store: bool) -> str:
     cause = error
     while cause is not None:
         status = _STATUS.match(text := str(cause))
+        # Of this process or its devices: memory, open files, rights.
+        if isinstance(cause, MemoryError) or "RESOURCE_EXHAUSTED" in text or os_code(cause) in UNREADABLE_NOW:
+            return ""
         if status and (status[1] in _ABOUT_CONTENTS or not store):
             name = re.search(r'Error reading "([^"]*?)(?:/c[\d/]*)?"', text)
             how = "has changed (CRC-32C)" if "igest mismatch" in text else f"cannot be read ({text[:200]})"
             return f"{name[1] if name else 'an array'} {how}"
         cause = cause.__cause__ or cause.__context__
     return ""
+
+
+def os_code(error: BaseException) -> int:
+    """The errno that TensorStore gives at the end of a long line; 0 if it gives none."""
+    code = re.search(r"os_error_code='(\d+)'", str(error))
+    return int(code[1]) if code else 0
 
 
 @functools.cache

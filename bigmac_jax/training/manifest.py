@@ -12,6 +12,7 @@ from bigmac_jax.runtime.storage import (
     is_store,
     list_files,
     list_folder,
+    may_pass,
     reason,
     remove_tree,
     write_atomically,
@@ -53,7 +54,7 @@ def find_damage(
     except FileNotFoundError:
         return f"{NAME} is missing" if directory.is_dir() and any(directory.iterdir()) else "it is empty"
     except (OSError, UnicodeDecodeError) as error:
-        if is_store(directory):  # a moment without it damages nothing
+        if isinstance(error, OSError) and may_pass(error, directory):
             raise
         return f"{NAME} cannot be read ({type(error).__name__})"
     try:
@@ -81,7 +82,7 @@ def find_damage(
         except FileNotFoundError:
             return f"{name} is missing"
         except OSError as error:
-            if is_store(path):
+            if may_pass(error, path):
                 raise
             return f"{name} cannot be read ({reason(error)})"
         return None
@@ -133,7 +134,7 @@ def _find_other_step(directory: pathlib.Path) -> str | None:
     try:
         step = json.loads((directory / _RUN).read_bytes()).get(STEP)
     except (OSError, ValueError, AttributeError) as error:
-        if is_store(directory) and isinstance(error, OSError) and not isinstance(error, FileNotFoundError):
+        if isinstance(error, OSError) and not isinstance(error, FileNotFoundError) and may_pass(error, directory):
             raise
         return None  # no checkpoint of ours
     return f"it is of step {step}" if directory.name.isdecimal() and step not in (None, int(directory.name)) else None

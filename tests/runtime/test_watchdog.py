@@ -557,11 +557,13 @@ def test_a_known_error_is_one_line(
     away = type("ClientError", (OSError,), {"__module__": "aiohttp"})("503")
     full = OSError(errno.ENOSPC, "No space left on device")
     named = OSError(errno.EDQUOT, "Disk quota exceeded", "runs/x")
+    many = OSError(errno.EMFILE, "Too many open files", "runs/x")
     lines = {
         exhausted: "memory does not suffice (an array of 7 bytes)",
         away: "a store can't be read",
         full: "a file cannot be written (No space left on device); free space",
         named: "runs/x cannot be written (Disk quota exceeded); free space",
+        many: "runs/x cannot be read or written (Too many open files); raise the limit of open files (ulimit -n)",
     }
     for error, line in lines.items():
         watch = Watchdog(TIMEOUT, job.store, 1, 2, job.clocks[1])
@@ -570,7 +572,7 @@ def test_a_known_error_is_one_line(
         watch.__exit__(type(error), error, None)
         told = capsys.readouterr().err
         assert told.startswith(f"error: process 1 failed: {line}") and told.count("\n") == 1
-    assert codes == [3] * 4
+    assert codes == [3] * 5
 
 
 def test_a_reader_that_leaves_ends_the_job_quietly(

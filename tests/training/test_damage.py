@@ -1,6 +1,7 @@
 """A damaged checkpoint is named, kept aside and passed over; a full disk costs a checkpoint, not the run."""
 
 import dataclasses
+import errno
 import logging
 import math
 import os
@@ -718,12 +719,62 @@ def test_small_files_are_read_up_to_64_kib(tmp_path: pathlib.Path, monkeypatch: 
 
 
 @pytest.mark.parametrize(
+    ("error", "raised"),
+    [
+        (jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory"), "Out of memory"),
+        (MemoryError("allocate"), "allocate"),
+        (ValueError("RESOURCE_EXHAUSTED: Failed to open [os_error_code='24']"), r"Errno 24.*checkpoints/2"),
+    ],
+)
+def test_what_this_process_lacks_is_no_damage(
+    large_run: pathlib.Path, monkeypatch: pytest.MonkeyPatch, error: Exception, raised: str
+) -> None:
+    """Nothing is moved, by the run; a reader passes nothing over."""
+    before = contents(large_run)
+    monkeypatch.setattr(checkpoint_arrays.ocp.PyTreeCheckpointHandler, "restore", mock.Mock(side_effect=error))
+    checkpoints, reader = Checkpoints(large_run, keep=2), Checkpoints(large_run)
+    kind = OSError if "Errno" in raised else type(error)
+    with pytest.raises(kind, match=raised):
+        checkpoints.restore_newest(large(0))
+    with pytest.raises(kind, match=raised):
+        reader.restore_model("latest", {"params": large(0).params, "rest": {}})
+    for one in (checkpoints, reader):
+        one.close()
+    assert contents(large_run) == before
+
+
+@pytest.mark.parametrize("read", ["read_bytes", "stat", "open"])
+@pytest.mark.parametrize(("code", "passes"), [(errno.EMFILE, True), (errno.ESTALE, True), (errno.EIO, False)])
+def test_a_disk_that_does_not_answer_is_no_damage(
+    workdir: pathlib.Path, monkeypatch: pytest.MonkeyPatch, read: str, code: int, passes: bool
+) -> None:
+    """Of the manifest, of a size and of a digest; one that cannot read a block has damage."""
+    checkpoint, asked = workdir / "checkpoints" / "3", getattr(pathlib.Path, read)
+
+    def refuse(path: pathlib.Path, *args: Any, **kwargs: Any) -> Any:
+        if path.name == ("_METADATA" if read != "read_bytes" else manifest.NAME):
+            raise OSError(code, os.strerror(code), str(path))
+        return asked(path, *args, **kwargs)
+
+    monkeypatch.setattr(pathlib.Path, read, refuse)
+    if passes:
+        with pytest.raises(OSError, match=os.strerror(code)):
+            manifest.find_damage(checkpoint)
+    else:
+        assert "cannot be read" in (manifest.find_damage(checkpoint) or "")
+
+
+@pytest.mark.parametrize(
     ("message", "store", "expected"),
     [
         ("DATA_LOSS: Error reading \"params.w/c/0/1\": Digest mismatch", True, "params.w has changed (CRC-32C)"),
         ("NOT_FOUND: Error reading \"params.w/c\": gone", True, "params.w cannot be read (NOT_FOUND: "),
         ("UNAVAILABLE: Error reading \"params.w/c\"", False, "params.w cannot be read (UNAVAILABLE: "),
         ("UNAVAILABLE: Error reading \"params.w/c\"", True, ""),  # of the store, which may come back
+        ("UNAVAILABLE: [os_error_code='5']", False, "an array cannot be read (UNAVAILABLE: "),  # EIO
+        ("RESOURCE_EXHAUSTED: Failed to open: Too many open files [os_error_code='24']", False, ""),
+        ("RESOURCE_EXHAUSTED: Out of memory allocating 7 bytes.", False, ""),
+        ("UNKNOWN: Failed to open [os_error_code='116']", False, ""),  # ESTALE
         ("DATA_LOSS: no name", False, "an array cannot be read (DATA_LOSS: no name)"),
         ("a DATA_LOSS: inside", False, ""), ("OS: too short", False, ""),
         ("DATA_LOSS: " + 300 * "x", False, f"an array cannot be read (DATA_LOSS: {189 * 'x'})"),
