@@ -209,7 +209,9 @@ class _Run:
             return
         step, metrics = pending
         train = self.config.train
-        if bool(metrics.bad):
+        bad = bool(metrics.bad)  # waits for the device
+        clock.tick()  # the next step's wait, if one follows, begins here
+        if bad:
             self._bad(step, metrics)
             return
         if self.learned is not None:

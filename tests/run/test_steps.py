@@ -275,6 +275,17 @@ def test_which_steps_are_logged(of_run: Any, monkeypatch: pytest.MonkeyPatch) ->
     ]
 
 
+def test_each_step_that_ends_is_progress(of_run: Any) -> None:
+    """Before a save the loop waits for two steps, one behind the other."""
+    ticks_before = list[int]()
+    bad = mock.MagicMock(__bool__=lambda _: bool(ticks_before.append(loop.clock.tick.call_count)))  # type: ignore[attr-defined]
+    of_run.drops.line.return_value = ""
+    with_train(of_run, steps=9, log_every=0)
+    for step in (1, 2):
+        _Run._finish(of_run, (step, metrics_of()._replace(bad=bad)))
+    assert ticks_before == [0, 1] and loop.clock.tick.call_count == 2  # type: ignore[attr-defined]
+
+
 def test_the_first_step_ends_the_start(of_run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     loop.clock.phase = "first step"
     of_run.compile_seconds = 2.5
