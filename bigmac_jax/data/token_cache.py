@@ -126,7 +126,7 @@ class CachedStream(TokenStream):
         if self._kept != self._folder and not path.exists():
             storage.fetch_file(self._kept / path.name, path)
             if file_digest(path) != self._digests[shard]:
-                path.unlink()
+                path.unlink(missing_ok=True)  # another process may have seen it, too
                 raise ConfigError(
                     f"{self._kept / path.name} is damaged; remove {self._kept}, and the text is tokenised again"
                 )
@@ -164,7 +164,7 @@ def open_cached_stream(
         damaged = _find_damaged(store, index, digests)
         if store.kept != store.folder:  # the copies here, which are fetched again
             for name in damaged:
-                (store.folder / f"{name}.bin").unlink()
+                (store.folder / f"{name}.bin").unlink(missing_ok=True)
         elif damaged:
             _log.warning("%s is damaged (%s); tokenising again", kept, ", ".join(f"{name}.bin" for name in damaged[:5]))
             store.forget(damaged)

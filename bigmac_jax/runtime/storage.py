@@ -16,6 +16,7 @@ import pathlib
 import shutil
 import sys
 import tempfile
+import uuid
 from collections.abc import Iterator
 from typing import Any, BinaryIO, cast
 
@@ -44,6 +45,7 @@ UNREADABLE_NOW = {
     errno.ETIMEDOUT: "run it again later",
 }
 AWAY = 300.0  # seconds after which a store that does not answer ends the job
+_ABANDONED = 3600.0  # seconds after which nobody writes a temporary file any more
 _AT_ONCE = {"batch_size": 16}  # objects that are sent, fetched or copied at a time
 
 
@@ -234,9 +236,9 @@ def write_atomically(path: pathlib.Path, content: bytes) -> None:
     if is_store(path):  # an object is atomic by itself
         filesystem(path).pipe_file(str(path), content)
         return
-    temporary = path.with_name(f"{path.name}.tmp")
+    temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")  # others may write the same file now
     try:
-        with temporary.open("wb") as file:
+        with temporary.open("xb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
@@ -245,6 +247,11 @@ def write_atomically(path: pathlib.Path, content: bytes) -> None:
         with contextlib.suppress(OSError):  # what a full disk took of it
             temporary.unlink()
         raise
+    with contextlib.suppress(OSError):
+        now = path.stat().st_mtime  # by the clock of the disk's server
+        for left in path.parent.glob(f"{glob.escape(path.name)}.*.tmp"):
+            if now - left.stat().st_mtime > _ABANDONED:  # by a process that was killed
+                left.unlink()
 
 
 def save_figure(figure: Any, path: pathlib.Path) -> None:

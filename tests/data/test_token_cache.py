@@ -401,7 +401,10 @@ def test_a_kept_shard_is_fetched_once(tmp_path, monkeypatch):
     with pytest.raises(ConfigError, match=rf"{kept}/00000-000\.bin is damaged; remove {kept}, and the text is token"):
         stream(here).tokens(0, 1)
     assert len(fetched) == 3 and not (here / "00000-000.bin").exists()
+    with monkeypatch.context() as patch, pytest.raises(ConfigError, match="is damaged"):  # two find it at once
+        patch.setattr(token_cache, "file_digest", lambda path: path.unlink())
+        stream(here).tokens(0, 1)
     (kept / "00000-000.bin").unlink()
     with pytest.raises(FileNotFoundError):
         stream(kept).tokens(0, 1)
-    assert len(fetched) == 3
+    assert len(fetched) == 4

@@ -1,6 +1,7 @@
 """What a start reads of the model that its run begins with, and what processes learn of each other."""
 
 import dataclasses
+import errno
 import json
 import pathlib
 from typing import Any
@@ -14,7 +15,7 @@ from bigmac_jax.data.chat_files import NO_CHAT
 from bigmac_jax.data.tokenizer import ByteTokenizer
 from bigmac_jax.run import start
 from bigmac_jax.run.start import _looks_back
-from bigmac_jax.runtime import hosts
+from bigmac_jax.runtime import hosts, storage
 
 
 @pytest.mark.parametrize(
@@ -56,7 +57,7 @@ def test_what_process_0_cannot_write_ends_all(tmp_path: pathlib.Path, monkeypatc
     monkeypatch.setattr(start, "_open_inputs", lambda *_: inputs)
     monkeypatch.setattr(start, "Checkpoints", lambda *_: mock.Mock(latest=lambda: Config().train.steps))
     monkeypatch.setattr(start, "restore_or_begin", lambda *_: (Config().train.steps, mock.Mock(), {}))
-    (tmp_path / "config.json.tmp").mkdir()  # as a full disk: config.json cannot be written
+    monkeypatch.setattr(storage.os, "fsync", mock.Mock(side_effect=OSError(errno.EIO, "a disk that fails")))
     told = run_as_processes(monkeypatch, 2, lambda _: start.start(Config(), tmp_path))
     assert [type(error) for error in told] == [ConfigError, ConfigError], told
     assert all(f"{tmp_path / 'config.json'} cannot be written" in str(error) for error in told)

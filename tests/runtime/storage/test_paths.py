@@ -15,6 +15,7 @@ import pytest
 
 from benchmarks.stores import BUCKET, Proxy, Server, gcs, s3
 from bigmac_jax.config import ConfigError, DataConfig
+from bigmac_jax.data import token_cache
 from bigmac_jax.data.corpus import open_documents
 from bigmac_jax.data.files import Digests, file_digest
 from bigmac_jax.data.token_cache import open_cached_stream
@@ -196,6 +197,25 @@ def test_a_file_that_a_disk_does_not_take_leaves_nothing(
     assert storage.list_files(tmp_path) == {tmp_path / "a": 6} and (tmp_path / "a").read_bytes() == b"before"
 
 
+def test_two_write_one_file_at_once(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The last one stays, whole; what a killed process has left goes after an hour, by whoever writes the file next."""
+    fsync, path = os.fsync, tmp_path / "a[1]"
+    left = [tmp_path / f"a[1].{name}.tmp" for name in ("old", "new")] + [tmp_path / "a1.old.tmp"]
+    for file in left:
+        file.touch()
+    for file in left[::2]:
+        os.utime(file, (0, 0))
+
+    def write_between(file: int) -> None:
+        monkeypatch.setattr(storage.os, "fsync", fsync)
+        storage.write_atomically(path, b"another's")
+        fsync(file)
+
+    monkeypatch.setattr(storage.os, "fsync", write_between)
+    storage.write_atomically(path, b"this one's")
+    assert path.read_bytes() == b"this one's" and sorted(tmp_path.iterdir()) == [left[2], path, left[1]]
+
+
 def test_linked_folders_are_listed(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each folder once, where it stands, or by the first of its links; what cannot be looked into is named."""
     for name in ("c/a.txt", "c/sub/b.txt", "far/web.txt", "far/deep/d.txt"):
@@ -326,6 +346,9 @@ def test_tokens_are_made_once_and_fetched_by_others(
     (copy,) = (tmp_path / "another machine").rglob("*.bin")
     copy.write_bytes(b"123")  # damaged: fetched again
     assert read() == text and made == [0]
+    with monkeypatch.context() as patch:  # another process has dropped the damaged copy already
+        patch.setattr(token_cache, "_find_damaged", lambda *_: (copy.unlink(), [copy.stem])[1])
+        assert read() == text and made == [0]
     kept = next(path for path in storage.list_files(storage.locate(place, "cache_dir")) if path.suffix == ".bin")
     storage.write_atomically(kept, b"123")  # damaged on the store: whoever has no copy is told
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "a third"))
