@@ -3,7 +3,7 @@
 # Another program: scripts/launch_local.sh N serve.py [its arguments…]
 #
 # Output is prefixed by the process' number. When one fails the others are ended, and its exit code is returned. Ctrl-C
-# and SIGTERM save and end all; a second one kills.
+# and SIGTERM save and end all; a second one, two seconds later or more, kills.
 set -u
 case ${1:-} in '' | 0 | *[!0-9]*) echo "error: usage: $0 N [train.py's arguments]; N is a number of processes" >&2; exit 2 ;; esac
 n=$1
@@ -17,10 +17,20 @@ port=$("$python" -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)
 alive=()
 for ((i = 0; i < n; i++)); do
   "$python" "$here/../$program" --coordinator="127.0.0.1:$port" --num_processes="$n" --process_id="$i" "$@" \
-    > >(sed -u "s/^/[$i] /") 2>&1 &
+    > >(trap "" INT TERM && exec sed -u "s/^/[$i] /") 2>&1 & # what they say at the end is shown, too
   alive+=("$!")
 done
-trap 'kill -TERM "${alive[@]}"; trap "kill -KILL \"\${alive[@]}\"" INT TERM' INT TERM
+# `timeout` signals this program, and then all of its group: again within a second or two is the same signal.
+stopped=
+stop() {
+  if [ -z "$stopped" ]; then
+    stopped=$SECONDS
+    kill -TERM "${alive[@]}"
+  elif ((SECONDS - stopped > 1)); then
+    kill -KILL "${alive[@]}"
+  fi
+}
+trap stop INT TERM
 
 code=0 deadline=0
 while ((${#alive[@]})); do

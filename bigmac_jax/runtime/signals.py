@@ -15,8 +15,12 @@ from typing import Any, TextIO
 WORDS: dict[int, str] = {signal.SIGINT: "interrupted", signal.SIGTERM: "terminated"}
 UNREAD = 128 + signal.SIGPIPE  # the exit code where nobody reads a command's output any more, as a shell counts it
 _PATIENCE = 0.3  # seconds for the main thread to come back from C
+# Seconds in which a signal that comes again is the same one: `timeout` and `systemctl stop` signal a group of
+# processes, and the one among them that has started the others passes it on.
+_ONE = 1.0
 _undo: list[Callable[[], object]] = []  # what `undo_on_signal` was given
 _spared: set[int] = set()  # signals whose next one `stop_signals` takes
+_taken: dict[int, float] = {}  # when `stop_signals` took a signal
 _ending = threading.Lock()
 _loops: list[list[int]] = []  # what `stop_signals` gave
 
@@ -51,18 +55,23 @@ def block() -> Iterator[None]:
 def stop_signals(told: Callable[[], object] | None = None) -> Iterator[list[int]]:
     """A context in which SIGTERM and SIGINT only fill the list, so that a loop can save and end.
 
-    The same signal acts as usual when it comes again.
+    The same signal acts as usual when it comes again, a second later or more.
 
     Args:
-      told: called at the first signal; after it both act as usual.
+      told: called at the first signal; a second after it both act as usual.
     """
     received: list[int] = []
     previous: dict[int, Any] = {number: signal.getsignal(number) for number in WORDS}
 
     def stop(number: int, _: Any) -> None:
+        if number in received or (told and received):
+            if not _is_taken(number):
+                signal.signal(number, previous[number])
+                signal.raise_signal(number)
+            return
         received.append(number)
         for ended in WORDS if told else (number,):
-            signal.signal(ended, previous[ended])
+            _take(ended)
             if ended != number:
                 _spared.discard(ended)
         if told:
@@ -116,14 +125,27 @@ def _listen(pipe: int) -> None:
     while received := os.read(pipe, 1):
         if received[0] in _spared:
             _spared.discard(received[0])
+            _take(received[0])  # the main thread may come to it later
+            continue
+        if _is_taken(received[0]):
             continue
         time.sleep(_PATIENCE)
         if received[0] in WORDS:
             _end(received[0], None)
 
 
+def _take(number: int) -> None:
+    if not _is_taken(number):
+        _taken[number] = time.monotonic()
+
+
+def _is_taken(number: int) -> bool:
+    """Whether a signal is the one that `stop_signals` has just taken."""
+    return number in _taken and time.monotonic() - _taken[number] < _ONE
+
+
 def _end(number: int, _: Any) -> None:
-    if not _ending.acquire(blocking=False):
+    if _is_taken(number) or not _ending.acquire(blocking=False):
         return
     for undo in reversed(_undo):
         with contextlib.suppress(Exception):

@@ -13,6 +13,8 @@ from forks import ENVIRONMENT
 from training.runs import LIMIT
 from training.tools import ROOT, write_config
 
+from bigmac_jax.runtime import signals
+
 WORDS = {signal.SIGINT: (130, "interrupted\n"), signal.SIGTERM: (143, "terminated\n")}
 SAVED = re.compile(r"stopped and saved at step (\d+) of 100000; the same command resumes\n")
 # Started again with what makes it fast, as a user's is.
@@ -69,17 +71,32 @@ def ended(program: str) -> tuple[int, str, str]:
 
 
 def test_the_loop_is_spared_one_of_each() -> None:
-    """Long after it has stopped, too; the next one ends it."""
+    """Long after it has stopped, too; the next one ends it. Within a second it is the same one, passed on."""
     program = """
 with signals.stop_signals() as stopped:
-    os.kill(os.getpid(), signal.SIGTERM)
-    os.kill(os.getpid(), signal.SIGINT)
+    for number in 3 * (signal.SIGTERM, signal.SIGINT):
+        os.kill(os.getpid(), number)
+        time.sleep(0.05)
+os.kill(os.getpid(), signal.SIGTERM)
 time.sleep(1)
 print(sorted(stopped), flush=True)
 os.kill(os.getpid(), signal.SIGINT)
 time.sleep(10)
 """
     assert ended(program) == (130, "[2, 15]\n", "interrupted\n")
+
+
+def test_whoever_is_told_gets_one_of_both(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As of a server behind a launcher, which makes of a ctrl-C a SIGTERM, too."""
+    told = []
+    with signals.stop_signals(lambda: told.append(1)) as stopped:
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGINT):
+            signal.raise_signal(number)
+        assert told == [1] and stopped == [signal.SIGINT]
+        monkeypatch.setattr(signals, "_ONE", 0.0)
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+    assert stopped == [signal.SIGINT] and signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 def test_a_reader_that_leaves() -> None:

@@ -119,6 +119,7 @@ def held(of: Any, name: str) -> Iterator[tuple[threading.Event, list[Any]]]:
 
 def main(what: str) -> int:
     signals.install()
+    signals._ONE = 0.2  # or a test would wait for a second
     server._GRACE = 0.5
     engine: Any = Engine(stuck=what == "engine")
     generator: Any = Generator()

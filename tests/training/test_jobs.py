@@ -1,11 +1,14 @@
 """Jobs of several processes as a user starts them: another mesh, a launcher, kills at random moments."""
 
 import json
+import os
 import pathlib
 import re
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 
 import jax
@@ -85,6 +88,36 @@ def test_launch_local(top_k: str, code: int, tmp_path: pathlib.Path) -> None:
         assert lines == ["[0] error: model.top_k=99 must be at most model.num_experts=32; use 32"]
     else:
         assert last_step(tmp_path / "run") == 2
+
+
+@pytest.mark.full
+@pytest.mark.parametrize(("second", "code"), [(0.05, 0), (2.5, 137)])
+def test_a_group_that_is_signalled_saves(second: float, code: int, tmp_path: pathlib.Path) -> None:
+    """As by `timeout`, which signals the launcher and then all of its group; a later signal is of who is impatient."""
+    (tmp_path / "job.py").write_text(f"""
+import sys, time
+sys.path.insert(0, {str(ROOT)!r})
+from bigmac_jax.runtime import signals
+signals.install()
+with signals.stop_signals() as stopped:
+    print("ready", flush=True)
+    while not stopped:
+        time.sleep(0.01)
+    time.sleep(1.2 if {code} == 0 else 60)
+    print("saved", stopped, flush=True)
+""")
+    run = subprocess.Popen(
+        ["scripts/launch_local.sh", "2", os.path.relpath(tmp_path / "job.py", ROOT)], cwd=ROOT, text=True,
+        env=ENVIRONMENT | {"PYTHON": sys.executable}, stdout=subprocess.PIPE, start_new_session=True,
+    )  # fmt: skip
+    assert run.stdout and {run.stdout.readline() for _ in range(2)} == {"[0] ready\n", "[1] ready\n"}
+    run.send_signal(signal.SIGTERM)
+    os.killpg(run.pid, signal.SIGTERM)
+    time.sleep(second)
+    run.send_signal(signal.SIGTERM)
+    said, _ = run.communicate(timeout=LIMIT)
+    assert run.returncode == code, said
+    assert set(said.splitlines()) == (set() if code else {"[0] saved [15]", "[1] saved [15]"})
 
 
 @pytest.mark.full
