@@ -111,7 +111,7 @@ class Lease:
         finally:
             self._closing.set()
             thread.join()
-            with contextlib.suppress(*errors()):
+            with contextlib.suppress(Exception):  # it runs out
                 self._write(ended=True, timeout=self._seconds)
 
     def _take(self, wait: bool) -> bool:
@@ -174,7 +174,7 @@ class Lease:
                     return
                 self._write(ended=False, timeout=self._seconds)
                 renewed = time.monotonic()
-            except errors() as error:
+            except Exception as error:  # whatever a store's package raises: without this thread the lease runs out
                 if time.monotonic() - renewed > AWAY:
                     self._lost(f"{self._folder} could not be renewed for {AWAY:.0f} s ({reason(error)})")
                     return

@@ -26,7 +26,7 @@ from bigmac_jax.config import ConfigError, check_place
 _PACKAGES = {"gs": ("gcsfs", "gcs"), "s3": ("s3fs", "s3")}
 # What these packages raise beside OSError: module → classes.
 _ERRORS = {
-    "gcsfs.retry": ("HttpError",),
+    "gcsfs.retry": ("HttpError", "ChecksumError", "NonRetryableError"),
     "gcsfs.utils": ("HttpError",),
     "aiohttp": ("ClientError",),
     "google.auth.exceptions": ("GoogleAuthError",),

@@ -21,7 +21,7 @@ from bigmac_jax.data.files import Digests, file_digest
 from bigmac_jax.data.token_cache import open_cached_stream
 from bigmac_jax.data.token_shards import ShardStore
 from bigmac_jax.data.tokenizer import ByteTokenizer
-from bigmac_jax.runtime import storage
+from bigmac_jax.runtime import leases, storage
 from bigmac_jax.runtime.leases import HeldError, Lease
 from bigmac_jax.runtime.mirror import Mirror
 from bigmac_jax.training import manifest
@@ -300,6 +300,24 @@ def test_who_lost_the_lease_is_told(place: str) -> None:
         (folder / "00000002").write_bytes(json.dumps({"holder": "process 7 on node9"}).encode())
         time.sleep(1)
     assert lost == [f"{folder} was not renewed in time, and process 7 on node9 has taken it over"]
+
+
+def test_whatever_a_store_raises_a_lease_is_renewed_or_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+    """gcsfs raises ValueError for some answers of a server, and a proxy's page is no JSON."""
+    files, lost, answered = mock.Mock(), list[str](), threading.Event()
+    monkeypatch.setattr(leases, "filesystem", lambda _: files)
+    files.ls.side_effect = [[], ValueError("Bad Request: invalid"), *99 * [[]]]
+    with Lease(folder := pathlib.Path("gs://b/x"), seconds=0.06, lost=lost.append).hold():
+        files.pipe_file.side_effect = lambda *_, **__: answered.set()
+        assert answered.wait(5) and not lost
+    assert files.ls.call_count > 2
+    monkeypatch.setattr(leases, "AWAY", 0.03)
+    files.ls.side_effect = [[], *99 * [RuntimeError("no answer")]]
+    with Lease(folder, seconds=0.06, lost=lambda line: (lost.append(line), answered.set())).hold():
+        answered.clear()
+        assert answered.wait(5)
+        files.pipe_file.side_effect = ValueError("nor this one")  # when it is let go
+    assert lost == ["gs:/b/x could not be renewed for 0 s (RuntimeError: no answer)"]
 
 
 def test_only_one_of_many_gets_it(place: str) -> None:
