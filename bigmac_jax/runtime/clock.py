@@ -8,7 +8,7 @@ import os
 import pathlib
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 # Phases of a training loop that last as long as a step. The others may take as long as they make progress.
 STEPPING = ("steps", "data wait")
@@ -62,6 +62,27 @@ class Clock:
     def tick(self) -> None:
         """Notes that a long piece of work makes progress."""
         self.last_tick = time.monotonic()
+
+    @contextlib.contextmanager
+    def watching(self, look: Callable[[], object], every: float = 60.0) -> Iterator[None]:
+        """A context for waiting: whenever what `look` returns has changed, others have made progress. It is called in a
+        thread, and may raise."""
+        over = threading.Event()
+
+        def watch() -> None:
+            before: object = None
+            while not over.wait(every):
+                with contextlib.suppress(Exception):
+                    now = look()
+                    if before not in (None, now):
+                        self.tick()
+                    before = now
+
+        threading.Thread(target=watch, name="watching", daemon=True).start()
+        try:
+            yield
+        finally:
+            over.set()
 
     def start_step(self, step: int) -> None:
         """Notes that training step `step` was started."""

@@ -22,6 +22,7 @@ import orbax.checkpoint as ocp
 
 from bigmac_jax.config import Config, ConfigError, TrainConfig
 from bigmac_jax.runtime import hosts, storage
+from bigmac_jax.runtime.clock import clock
 from bigmac_jax.training import manifest
 from bigmac_jax.training.checkpoint_arrays import (
     DamagedError,
@@ -159,7 +160,8 @@ class Checkpoints:
         """Waits for the save in progress. If it failed, one line says so, older checkpoints stay, and it returns
         False."""
         try:
-            self._manager.wait_until_finished()
+            with clock.watching(self._folder.bytes):  # it may take as long as somebody writes
+                self._manager.wait_until_finished()
         except Exception as error:
             self._failed(error)
             return False

@@ -28,6 +28,10 @@ class CheckpointFolder:
         """The steps of which there is a complete checkpoint, whatever its state, ascending."""
         return manifest.list_steps(self.path.parent)
 
+    def bytes(self) -> int:
+        """Bytes of all that is there, also of saves in progress."""
+        return sum(storage.list_files(self.path).values())
+
     def tidy(self) -> None:
         """Makes the folder; removes and sets aside what is no checkpoint: Orbax reads small files of every one when it
         starts.

@@ -16,6 +16,9 @@ from bigmac_jax.training.atomic_save import temporary_path_class
 from bigmac_jax.training.checkpoint_arrays import array_handlers
 
 METRIC = "eval/loss"
+# Seconds after which Orbax gives up a save. Slow storage may take hours for a large one; what hangs is ended by the
+# watchdog, and a store that does not answer by TensorStore.
+_LONGEST = 24 * 3600
 
 
 def _is_not_of_a_save(record: logging.LogRecord) -> bool:
@@ -70,7 +73,7 @@ def open_manager(
             preservation_policy=policies.AnyPreservationPolicy([_Needed(needed), best]),
             create=not reads,
             # In the background, a directory that can't be made would leave threads that wait five minutes for it.
-            async_options=ocp.AsyncOptions(create_directories_asynchronously=False),
+            async_options=ocp.AsyncOptions(timeout_secs=_LONGEST, create_directories_asynchronously=False),
             lightweight_initialize=reads,
             temporary_path_class=temporary_path_class(folder),
             # Renamed first: what a killed run leaves of one would look damaged. A store renames nothing.

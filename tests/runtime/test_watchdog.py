@@ -5,6 +5,7 @@ import json
 import os
 import pathlib
 import sys
+import threading
 import time
 from typing import Any
 from unittest import mock
@@ -478,6 +479,27 @@ def test_seconds_add_up(monkeypatch: pytest.MonkeyPatch) -> None:
     assert clock.seconds() == clock.seconds() and sum(clock.seconds().values()) == now[0] - 2
     clock.reset()
     assert clock.seconds() == {} and clock.phase == ""
+
+
+def test_waiting_lasts_while_something_changes() -> None:
+    """A look that fails is no progress, and does not end the looking."""
+    ticks, own, last = list[int](), Clock(), threading.Event()
+    own.tick = lambda: ticks.append(looks)  # type: ignore[method-assign]
+    looks, seen = 0, [3, 3, OSError("away"), 3, 4, 4]
+
+    def look() -> int:
+        nonlocal looks
+        looks += 1
+        if looks > len(seen):
+            last.set()
+        found = seen[min(looks, len(seen)) - 1]
+        if isinstance(found, OSError):
+            raise found
+        return found
+
+    with own.watching(look, every=0.001):
+        assert last.wait(5)
+    assert ticks == [5]
 
 
 def test_the_process_started_before_its_modules() -> None:

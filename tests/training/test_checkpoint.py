@@ -1,7 +1,9 @@
 """Checkpoints: bit-equal, in the background, the newest and the best, on any mesh."""
 
+import functools
 import pathlib
 import shutil
+import threading
 from typing import Any
 
 import chex
@@ -16,6 +18,7 @@ from bigmac_jax import tuning
 from bigmac_jax.config import Config, ConfigError
 from bigmac_jax.model.mesh import make_mesh
 from bigmac_jax.model.transformer import Transformer
+from bigmac_jax.training import checkpoint
 from bigmac_jax.training.checkpoint import Checkpoints
 from bigmac_jax.training.checkpoint_arrays import DamagedError
 from bigmac_jax.training.step import TrainState
@@ -126,6 +129,25 @@ def write(workdir: pathlib.Path, losses: list[float | None], keep: int) -> None:
     checkpoints = Checkpoints(workdir, keep)
     for step, loss in enumerate(losses, 1):
         checkpoints.save(trivial(step), {"batches": step}, Config(), step, loss)
+    checkpoints.close()
+
+
+def test_a_save_may_take_hours(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Orbax gives up late, and to wait for one is progress while somebody writes: else the watchdog ends the job."""
+    checkpoints, ticked, file = Checkpoints(tmp_path, keep=1), threading.Event(), tmp_path / "checkpoints" / "part"
+    assert checkpoints._manager._checkpointer._async_manager._timeout_secs > 10 * 3600  # type: ignore
+
+    def finish() -> None:
+        for size in range(500):
+            file.write_bytes(bytes(size))
+            if ticked.wait(0.01):
+                return
+
+    monkeypatch.setattr(checkpoint.clock, "watching", functools.partial(checkpoint.clock.watching, every=0.005))
+    monkeypatch.setattr(checkpoint.clock, "tick", ticked.set)
+    monkeypatch.setattr(checkpoints._manager, "wait_until_finished", finish)
+    assert checkpoints.wait() and ticked.is_set()
+    monkeypatch.undo()
     checkpoints.close()
 
 
