@@ -63,7 +63,8 @@ def lock_path(path: pathlib.Path) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         try:
             with explain_full_disk(path):
-                stack.enter_context(leases.lock(path.with_name(f".{path.name}.lock"), say=_log.warning))
+                # Of several processes the first one alone shows what is no warning; most of them wait.
+                stack.enter_context(leases.lock(path.with_name(f".{path.name}.lock"), say=_log.info))
         except storage.errors() as error:
             raise ConfigError(
                 f"cache_dir: {path} cannot be locked ({storage.reason(error)}); set a cache_dir you may write to"

@@ -33,12 +33,15 @@ def count_cores() -> int:
 def make_shards(store: ShardStore, processes: int = 0) -> None:
     """Makes all units of a store that are missing, together with other hosts that do the same, by at most `processes`
     processes here (0 = one per core). Raises ConfigError for what is wrong with the source, or how a process ended."""
+    from bigmac_jax.runtime import hosts  # and jax, which the processes that it starts do without
+
     with clock.timed("tokenise"):
         sizes = {unit: store.size_of(unit) for unit in range(len(store.docs.units))}
         done = {unit: size for unit, size in sizes.items() if store.finished(unit) is not None}
         left = [unit for unit in sizes if unit not in done]
         title, start = f"tokenising {store.split}", sum(done.values())
-        with Progress(title, store.docs.size, "byte", initial=start, scaled=True, delay=2) as progress:
+        silent = not hosts.is_first()
+        with Progress(title, store.docs.size, "byte", start, scaled=True, delay=2, silent=silent) as progress:
 
             def report(unit: int, count: int) -> None:
                 progress.update(count - done.get(unit, 0))

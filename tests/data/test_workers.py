@@ -1,5 +1,6 @@
 """Processes and hosts that tokenise together, and what becomes of it when they are killed."""
 
+import contextlib
 import json
 import os
 import pathlib
@@ -15,9 +16,10 @@ import numpy as np
 import pytest
 
 from bigmac_jax.config import ConfigError
-from bigmac_jax.data import local_files, token_shards, workers
+from bigmac_jax.data import files, local_files, token_shards, workers
 from bigmac_jax.data.pipeline import TrainIterator, open_stream
 from bigmac_jax.data.tokenizer import ByteTokenizer
+from bigmac_jax.runtime import hosts
 
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -46,6 +48,21 @@ def preparing(corpus: pathlib.Path, cache: pathlib.Path, tokenizer: str, process
 def contents(cache: pathlib.Path) -> dict[str, bytes]:
     """Of all shards and of what says what they are, by name."""
     return {path.name: path.read_bytes() for path in cache.glob("tokens/train-*/[0-9i]*")}
+
+
+@pytest.mark.parametrize("process", [0, 1])
+def test_the_first_process_alone_shows_what_is_done(monkeypatch, tmp_path, caplog, process):
+    """All of them tokenise, and wait for each other's locks on a store."""
+    shown = []
+    monkeypatch.setattr(hosts, "is_first", lambda: process == 0)
+    monkeypatch.setattr(workers, "Progress", lambda *_, **how: shown.append(how["silent"]) or contextlib.nullcontext())
+    docs = types.SimpleNamespace(units=[], size=0, alone=True)
+    workers.make_shards(types.SimpleNamespace(docs=docs, split="train", work=lambda *_: None))
+    assert shown == [process == 1]
+    monkeypatch.setattr(files.leases, "lock", lambda _, say: say("waiting") or contextlib.nullcontext())
+    caplog.set_level("WARNING" if process else "INFO", "bigmac_jax")  # as `hosts` and the commands do
+    with files.lock_path(tmp_path / "a"):
+        assert caplog.messages == ([] if process else ["waiting"])
 
 
 def test_as_many_as_there_are_make_the_same(corpus, make_config, monkeypatch, tmp_path):
