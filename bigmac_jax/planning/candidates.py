@@ -72,10 +72,10 @@ def variants(
     offloads = (False, True) if hardware.host_bandwidth else (False,)
     chunks = (1,) if lean or not hardware.overlaps else OVERLAP_CHUNKS
     for mesh, sizes in _meshes(config, machine, lean, among):
-        count = counts.parameters(replace(config, mesh=mesh), sizes)
         for offloads_optimizer in offloads:
             execution = _with_fields(config.execution, offload_optimizer=offloads_optimizer)
             placed, fits = replace(config, mesh=mesh, execution=execution), False
+            count = counts.parameters(placed, sizes)
             state = sum(state_memory(placed, count, 1, hardware.platform).values())
             if fitting and 1 - state / hardware.memory_bytes < machine.headroom:
                 continue

@@ -140,20 +140,28 @@ def cluster(sizes: Sizes, hardware: Hardware, topology: Shape | None = None) -> 
             raise ConfigError(f"topology={_x(topology)} is of a TPU, not of {hardware.device_kind}; leave it out")
         return Cluster(hardware, sizes)
     ranks, group = math.prod(sizes.values()), sizes["node"] * sizes["expert"] * sizes.get("tensor", 1)
-    shape = topology or hardware.torus.near_cube(math.gcd(ranks, hardware.machine_ranks))
-    chips = math.prod(shape)
+    shape = topology or hardware.torus.near_cube(_largest_slice(ranks, hardware.machine_ranks))
     if len(shape) > hardware.torus.dimensions or min(shape) < 1:
         raise ConfigError(f"topology={_x(shape)} must have at most {hardware.torus.dimensions} axes, each at least 1")
-    if chips > hardware.machine_ranks:
-        raise ConfigError(f"topology={_x(shape)} must have at most the {hardware.machine_ranks} chips of a slice")
-    if ranks % chips:
-        raise ConfigError(f"the {ranks} ranks must be a multiple of the {chips} chips of topology={_x(shape)}")
     whole = hardware.torus.slice(shape)
+    chips = whole.chips  # or cores, which are ranks, too
+    if chips > hardware.machine_ranks:
+        most = hardware.machine_ranks // hardware.cores
+        raise ConfigError(f"topology={_x(shape)} must have at most the {most} chips of a slice")
+    if ranks % chips:
+        of = "chips" if hardware.cores == 1 else "cores"
+        raise ConfigError(f"the {ranks} ranks must be a multiple of the {chips} {of} of topology={_x(shape)}")
     inside = math.gcd(group, chips)
     if inside != min(group, chips) or parts(whole, inside)[0].chips != inside:
         names = "mesh.node × mesh.expert" + " × mesh.tensor" * (sizes.get("tensor", 1) > 1)
         raise ConfigError(f"{names} = {group} ranks must make a block of topology={_x(shape)}")
     return Cluster(hardware, sizes, whole)
+
+
+def _largest_slice(ranks: int, most: int) -> int:
+    """Ranks of each of the slices that so many fill: a power of two, or a part of the largest slice."""
+    power = ranks & -ranks
+    return max(math.gcd(ranks, most), min(power, 2 ** int(math.log2(most))))
 
 
 def _x(shape: Shape) -> str:

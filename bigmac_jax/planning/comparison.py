@@ -105,8 +105,8 @@ def compare(config: Config, steps: Mapping[str, tuple[ModelConfig, float] | str]
     """
     m, tokens_per_step = config.model, config.data.batch_size * config.data.sequence_length
     own, slope = studied_name(m), study()["slope"]
-    (_, first), *_ = (step for step in steps.values() if not isinstance(step, str))
-    rows = []
+    configured, rows = steps[name_of(m)], []
+    first = math.nan if isinstance(configured, str) else configured[1]
     for name, step in steps.items():
         row: dict[str, Any] = {"structure": name}
         rows.append(row)
@@ -114,6 +114,9 @@ def compare(config: Config, steps: Mapping[str, tuple[ModelConfig, float] | str]
             row["error"] = step
             continue
         row["step"] = step[1]
+        if isinstance(configured, str):
+            row["error"] = "it has nothing to be compared with"
+            continue
         if name == name_of(m):
             row["seconds"] = tokens / tokens_per_step * first
             continue

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import jax
 
 from bigmac_jax.config import Config, ConfigError
+from bigmac_jax.model.counts import Sizes
 from bigmac_jax.model.exchange.costs import Sent
 from bigmac_jax.model.kernels.flash_attention import attention_implementation
 from bigmac_jax.model.mesh import HOST, make_mesh
@@ -214,6 +215,18 @@ def _summarize(found: Sequence[Collective], layers: set[int]) -> list[dict[str, 
     return sorted(rows.values(), key=lambda row: -row["sent_bytes"])
 
 
+def _rings(axes: Sequence[str], sizes: Sizes) -> list[tuple[int, int]]:
+    """(ranks, stride) of the rings of a group over axes of the mesh, the innermost first: axes that are neighbours make
+    one ring, and what goes around an outer one has been divided by those inside."""
+    rings, stride, joined = list[tuple[int, int]](), 1, False
+    for axis, ranks in reversed(sizes.items()):
+        if axis in axes and ranks > 1:
+            rings[-1:] = [(rings[-1][0] * ranks, rings[-1][1])] if joined else [*rings[-1:], (ranks, stride)]
+        joined = axis in axes if ranks > 1 else joined
+        stride *= ranks
+    return rings
+
+
 def _describe_schedule(module: hlo.Module, compiled: Compiled, here: Cluster) -> dict[str, Any]:
     """What runs while the layer's exchange is on the wire, in the order that the compiler gave the program."""
     node, expert, hardware = here.sizes["node"], here.sizes["expert"], here.hardware
@@ -225,15 +238,19 @@ def _describe_schedule(module: hlo.Module, compiled: Compiled, here: Cluster) ->
         return here.exchange(peers.times(collective.sent_bytes / sum(peers)), 1, hierarchical=not flat)
 
     def ring_seconds(collective: Collective) -> float:
-        # The ranks of a group stand so far from each other as the axes behind its last one have ranks.
-        behind = list(here.sizes)[list(here.sizes).index(collective.axes[-1]) + 1 :] if collective.axes else []
-        return here.around(collective.sent_bytes, collective.ranks, math.prod(here.sizes[axis] for axis in behind))
+        rings = _rings(collective.axes, here.sizes) or [(collective.ranks, 1)]
+        whole, seconds = collective.sent_bytes * collective.ranks / max(1, collective.ranks - 1), 0.0
+        for ranks, stride in rings:
+            seconds += here.around(whole * (ranks - 1) / ranks, ranks, stride)
+            whole /= ranks
+        return seconds
 
     rates = hlo_schedule.Rates(hardware.clock_hz or math.inf, hardware.peak_flops, hardware.memory_bandwidth)
     found = hlo_schedule.overlap(module, compiled.mesh, seconds, rates)
     of_parameters = hlo_schedule.overlap(module, compiled.mesh, ring_seconds, rates, hlo_schedule.parameter_collective)
+    others = hlo_schedule.overlap(module, compiled.mesh, ring_seconds, rates, hlo_schedule.other_collective)
     work = hlo_schedule.work_seconds(module, rates)
-    exposed = sum(overlap.exchange_seconds - overlap.busy_seconds for overlap in (found, of_parameters))
+    exposed = sum(overlap.exchange_seconds - overlap.busy_seconds for overlap in (found, of_parameters, others))
     return {
         "work_seconds": work,
         "estimated_step_seconds": work + exposed,

@@ -8,6 +8,8 @@ import math
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
+from jax.sharding import PartitionSpec as P
+
 from bigmac_jax.config import Config, ConfigError, ModelConfig
 from bigmac_jax.model import counts
 from bigmac_jax.model.adapters import is_adapted
@@ -16,7 +18,8 @@ from bigmac_jax.model.counts import Parameters, Sizes, parameters
 from bigmac_jax.model.exchange import Gather, Hierarchical, Ragged
 from bigmac_jax.model.kernels.flash_attention import attention_implementation
 from bigmac_jax.model.memory import host_memory, moment_bytes
-from bigmac_jax.model.mesh import TENSOR, ExpertGroup
+from bigmac_jax.model.mesh import AXES, TENSOR, ExpertGroup, axes_of
+from bigmac_jax.model.parameters import state_spec
 from bigmac_jax.model.traffic import (
     computed_rows,
     exchange_traffic,
@@ -31,6 +34,7 @@ from bigmac_jax.planning.hardware.torus import Shape as Torus
 from bigmac_jax.planning.job import EXACT_PASSES, UPDATE_BYTES, Job, Times, passes_of, predict
 from bigmac_jax.planning.load import EVEN, Load
 from bigmac_jax.planning.shapes import Shape
+from bigmac_jax.training.optimizer import plan_moves
 
 # On GPU gathers and sums are asynchronous, and the latency-hiding scheduler puts computation beside them. On TPU the
 # compiled steps wait for each (docs/planning.md).
@@ -107,7 +111,7 @@ def make_job(config: Config, sizes: Sizes, hardware: Hardware, topology: Torus |
         imbalance=imbalance,
         updated=setting.count.updated_of_a_rank,
         optimizer_bytes=optimizer_bytes(setting),
-        orthogonal=orthogonal_flops(config, here.ranks),
+        orthogonal=orthogonal_flops(config, sizes),
         accumulated=setting.count.trained_of_a_rank,
         exchange=exchange_seconds(setting, imbalance),
         tensor_sent=tensor_seconds(setting),
@@ -128,17 +132,24 @@ def optimizer_bytes(setting: Setting) -> float:
     return UPDATE_BYTES + 2 * moments * moment_bytes(setting.config) + 2 * 4 * (optimizer.average_decay > 0)
 
 
-def orthogonal_flops(config: Config, ranks: int) -> float:
+def orthogonal_flops(config: Config, sizes: Sizes) -> float:
     """FLOPs of a rank that make Muon's updates orthogonal: five steps, each x xᵀ, its square, and that times x, of
-    matrices [m, n] with m ≤ n. The ranks of a replica share them."""
+    matrices [m, n] with m ≤ n. Ranks share those of an array as far as `plan_moves` can deal them out."""
     if config.optimizer.name != "muon" or config.tuning.lora_rank:  # which leaves matrices of a few columns
         return 0.0
-    found = 0
-    for of, shape in counts.declarations(config.step_model, config.mesh.split_experts, config.data.sequence_length):
+    mesh, found = config.mesh, 0.0
+    ranks, sharded = {axis: sizes.get(axis, 1) for axis in AXES}, mesh.replica_optimizer == "sharded"
+    for of, shape in counts.declarations(config.step_model, mesh.split_experts, config.data.sequence_length):
         if of.trained and of.hidden_matrix:
+            layers = len(shape) - len(of.dims)
+            spec = P(*[None] * layers, *of.spec(shape[layers:], mesh.fsdp, ranks))
+            spec = state_spec(of, shape, spec, sharded, ranks, config.execution.offload_optimizer)
             *leading, m, n = *shape[:-2], *sorted(shape[-2:])
-            found += math.prod(leading) * NEWTON_SCHULZ_STEPS * 2 * m * m * (2 * n + m)
-    return found * config.mesh.replica / ranks
+            over = [axis for dim in range(len(leading)) for axis in axes_of(spec[dim : dim + 1])]
+            over += [move.axis for move in plan_moves(shape, spec, ranks) if move.then is not None]
+            dealt = math.prod(leading) / math.prod(ranks[axis] for axis in over)
+            found += dealt * NEWTON_SCHULZ_STEPS * 2 * m * m * (2 * n + m)
+    return found
 
 
 def recomputed(config: Config) -> dict[str, float]:

@@ -185,6 +185,11 @@ def parameter_collective(collective: Collective) -> bool:
     return collective.role == "other" and collective.kind != "collective-permute" and collective.axes != ("tensor",)
 
 
+def other_collective(collective: Collective) -> bool:
+    """Whether it is of `tensor`'s ranks, or sends to one other rank."""
+    return collective.role == "other" and not parameter_collective(collective)
+
+
 def _started_exchanges(
     instruction: Instruction, here: Mapping[str, Collective], inside: Mapping[str, Mapping[str, Collective]]
 ) -> list[Collective]:

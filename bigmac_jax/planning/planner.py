@@ -32,7 +32,7 @@ from bigmac_jax.planning.place import (
     mesh_sizes,
     require_hardware,
 )
-from bigmac_jax.planning.structures import alternatives, of_equal_size
+from bigmac_jax.planning.structures import alternatives, name_of, of_equal_size
 from bigmac_jax.planning.sweep import check_axes, parse_axes, sweep
 from bigmac_jax.planning.training_time import parse_tokens, training_time
 from bigmac_jax.runtime import environment
@@ -112,6 +112,8 @@ def make_plan(config: Config, request: Request) -> dict[str, Any]:
             result["fits"] = all(part["fits"] for part in (*programs.values(), result["restore"]))
     if request.compare:
         steps = _steps(config, place, request)
+        if request.search and not searched["best"]["fits"]:
+            steps[name_of(config.model)] = f"does not fit on {place.devices} devices"
         result["compare"] = comparison.compare(config, steps, tokens or config.train.steps * result["tokens_per_step"])
     if asked:
         result["scale"] = scaling.scale(own, asked, lambda devices: machine_of(request, place, devices))

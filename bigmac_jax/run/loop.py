@@ -86,7 +86,7 @@ class _Run:
     def __init__(self, config: Config, workdir: pathlib.Path, started: Start, is_held: Callable[[], bool]):
         self.config, self.workdir, self.trainer, self.compiling = config, workdir, started.trainer, started.compiling
         self.checkpoints, self.inputs, self.models = started.checkpoints, started.inputs, started.models
-        self.data, self.first_step = started.inputs.batches, started.step
+        self.data, self.began, self.first_step = started.inputs.batches, started.step, started.step
         self.bad_steps = started.position.get("bad_steps", 0)
         self.learned = self._learned(started.position)
         self.batches_ahead = started.position["batches"] - started.step  # batches that rewinding has left out
@@ -190,7 +190,7 @@ class _Run:
                     f"step {step} is not saved (see above), {self._kept()}; free space in {self.workdir} and run the "
                     f"same command again"
                 )
-        return Result(step, step >= train.steps, self.score, self.first_step)
+        return Result(step, step >= train.steps, self.score, self.began)
 
     def _compiled(self) -> Step:
         """Waits for the compiled step."""
@@ -264,8 +264,9 @@ class _Run:
         self.batches_ahead = given - self.first_step
         self.goodput.go_back(self.first_step, bad.step)
         self.data.set_state({"batches": given}, self.first_step)
-        self.writer.close()
-        self.writer = self._writer()
+        with clock.timed("restore"):  # a long file takes longer than a step may
+            self.writer.close()
+            self.writer = self._writer()
         self._report("rewind", self.first_step, bad, **{"from": bad.step})
         self._write_lost()
         return state

@@ -35,13 +35,16 @@ def learning_rate(config: Config) -> optax.Schedule:
     peak, final, warmup = optimizer.learning_rate, optimizer.final_learning_rate, optimizer.warmup_steps
     first = peak / (warmup + 1)  # a first step at 0 would be lost
     begins, decay = warmup, optimizer.decay_steps or max(1, steps - warmup)
-    if optimizer.schedule == "cosine":
+    if optimizer.schedule == "cosine" and peak:
         return optax.schedules.warmup_cosine_decay_schedule(first, peak, warmup, warmup + decay, final)
     if optimizer.schedule == "wsd":
         begins = max(warmup, steps - (optimizer.decay_steps or max(1, steps // 5)))
         decay = max(1, steps - begins)
     warm, stay = optax.linear_schedule(first, peak, warmup), optax.constant_schedule(peak)
     fall = stay if optimizer.schedule == "constant" else optax.linear_schedule(peak, final, decay)
+    if optimizer.schedule == "cosine":  # from 0, which Optax' takes for a decay without an end
+        rest = optax.cosine_decay_schedule(final, decay)
+        fall = lambda step: final - rest(step)  # noqa: E731
     return optax.join_schedules([warm, stay, fall], [warmup, begins])
 
 

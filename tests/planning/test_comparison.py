@@ -103,6 +103,10 @@ def test_time_to_a_loss_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
     assert other["differs"] and other["seconds"] == pytest.approx(20 * math.exp(0.2))
     assert other["extrapolated"] and found["extrapolated"]  # the row is of 10^6 tokens
     assert not compare(config, steps, 10**6)["extrapolated"]
+    # What does not fit itself is no measure of the others.
+    own, *others = compare(config, {**steps, next(iter(steps)): "does not fit"}, 10_000)["structures"]
+    assert own["error"] == "does not fit" and "seconds" not in own
+    assert all(row["error"] == "it has nothing to be compared with" for row in others if "step" in row)
 
 
 def test_structures_of_a_plan() -> None:

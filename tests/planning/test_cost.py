@@ -28,19 +28,21 @@ from bigmac_jax.model.mesh import AXES, ExpertGroup
 from bigmac_jax.model.traffic import exchange_traffic, replica_bytes, tensor_bytes
 from bigmac_jax.model.transformer import init_model
 from bigmac_jax.planning.cluster import cluster, mesh_group, physical_group
+from bigmac_jax.planning.compiled_programs import _rings
 from bigmac_jax.planning.cost import (
     Setting,
     SharedBytes,
     flops_outside_kernels,
     gradient_bytes,
     make_job,
+    orthogonal_flops,
     parameter_bytes,
     recomputed,
     step_time,
     sum_seconds,
 )
 from bigmac_jax.planning.hardware import Hardware, Link, load_hardware
-from bigmac_jax.planning.job import EXACT_PASSES
+from bigmac_jax.planning.job import EXACT_PASSES_OF_FLOAT32
 
 # Machines of four, whose numbers are easy to follow.
 PLAIN = Hardware(
@@ -191,7 +193,7 @@ def test_a_step() -> None:
     times = step_time(c, sizes(expert=2), PLAIN)
     # A tile of 128 rows is half empty behind the 512 rows of each expert.
     experts = 4 * (wide(64, 16) + wide(16, 64)) * (512 + 64) / 512
-    layer = wide(64, 192) + wide(64, 64) + EXACT_PASSES["gpu"] * wide(64, 32) + experts
+    layer = wide(64, 192) + wide(64, 64) + EXACT_PASSES_OF_FLOAT32["gpu"] * wide(64, 32) + experts
     flops = 6 * 4096 * (2 * layer + wide(64, 257))
     assert times.matmul == pytest.approx(flops / (2 * 5e11 * 0.5))
     # Scores and values of half of the 64 tokens: twice forward, five times backward.
@@ -280,6 +282,52 @@ def test_what_an_optimizer_moves_and_multiplies() -> None:
     )
     moved = 32 * count.total - 8 * matrices
     assert seconds(name="muon") == pytest.approx(moved / 1e11 + products / (5e11 * 0.5))
+
+
+def test_ranks_share_what_can_be_dealt_out() -> None:
+    """Muon deals matrices out by layers and experts: of two layers attention's to two ranks, experts' to four. Three
+    data ranks divide neither, and compute alike."""
+    plain = replace(config(), optimizer=OptimizerConfig(name="muon"))
+    attention, experts = 2 * 4 * 5 * 6 * 64**3, 2 * 32 * 2 * 5 * 2 * 16**2 * (2 * 64 + 16)
+    for mesh, expected in (
+        (sizes(expert=1), attention + experts),
+        (sizes(expert=2), attention / 2 + experts / 2),
+        (sizes(expert=2, data=2), attention / 2 + experts / 4),
+        (sizes(expert=2, data=3), attention / 2 + experts / 2),
+    ):
+        assert orthogonal_flops(plain, mesh) == expected
+    assert orthogonal_flops(replace(plain, optimizer=OptimizerConfig()), sizes(expert=1)) == 0
+
+
+@pytest.mark.parametrize(
+    ("kind", "ranks", "chips"),
+    [("v5p", 4096, 4096), ("v5p", 6144, 6144), ("v5p", 12288, 6144), ("v5p", 8192, 4096), ("v5p", 96, 96),
+     ("v5e", 512, 256), ("v5e", 384, 128), ("tpu7x", 4096, 4096)],
+)  # fmt: skip
+def test_slices_are_as_large_as_they_can_be(kind: str, ranks: int, chips: int) -> None:
+    """Ranks of a slice: of tpu7x its cores."""
+    here = cluster(sizes(data=ranks // 8, expert=8), load_hardware(kind))
+    assert here.slice is not None and here.slice.chips == chips
+
+
+def test_cores_are_ranks_of_a_slice() -> None:
+    """24 of tpu7x, whose experts are over all of them."""
+    here = cluster(sizes(expert=24), load_hardware("tpu7x"))
+    assert here.slice is not None and here.slice.chips == 24
+
+
+def test_no_slice_is_larger_than_the_largest() -> None:
+    with pytest.raises(ConfigError, match="topology=16x24x48 must have at most the 9216 chips of a slice"):
+        cluster(sizes(data=2 * 16 * 24 * 48), load_hardware("tpu7x"), (16, 24, 48))
+
+
+def test_rings_of_a_group() -> None:
+    """Axes that are neighbours are one ring; those apart are a ring each."""
+    mesh = {"replica": 1, "data": 8, "node": 1, "expert": 4, "tensor": 2}
+    found = {axes: _rings(axes.split(), mesh) for axes in ("data", "data tensor", "data expert", "expert tensor", "")}
+    assert found == {
+        "data": [(8, 8)], "data tensor": [(2, 1), (8, 8)], "data expert": [(32, 2)], "expert tensor": [(8, 1)], "": [],
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize("structure", ["dense", "vanilla", "fine_grained", "bigmac"])

@@ -15,6 +15,7 @@ from bigmac_jax.config import Config, ModelConfig, TrainConfig
 from bigmac_jax.evaluation.perplexity import Score
 from bigmac_jax.run import loop
 from bigmac_jax.run.loop import Result, _Run
+from bigmac_jax.runtime.clock import Clock
 from bigmac_jax.training.bad_steps import NonFiniteLossError, RunError
 from bigmac_jax.training.partial_checkpoint import Learned
 from bigmac_jax.training.step import StepMetrics
@@ -26,7 +27,7 @@ LOSSES = {3: 2.0, 5: 3.0, 6: 1.0}  # of evaluations, by step
 def of_run(monkeypatch: pytest.MonkeyPatch) -> Any:
     """A run whose parts note what is asked of them."""
     monkeypatch.setattr(loop, "clock", mock.MagicMock(phase="steps"))
-    made = mock.MagicMock(first_step=0, best=math.inf, score=None, tracing=False, learned=None, bad_steps=0,
+    made = mock.MagicMock(began=0, first_step=0, best=math.inf, score=None, tracing=False, learned=None, bad_steps=0,
                           batches_ahead=0, config=Config(model=ModelConfig(num_experts=8)))  # fmt: skip
     made.mirror.folder = pathlib.Path("folder")
     return made
@@ -127,7 +128,7 @@ def test_how_steps_end(
     train: dict[str, int], first: int, stops_at: int, expected: list[str], of_run: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with_train(of_run, **train)
-    of_run.first_step, of_run.best = first, 1.0 if first else math.inf
+    of_run.began, of_run.first_step, of_run.best = first, first, 1.0 if first else math.inf
     done, result = take(of_run, monkeypatch, stops_at)
     assert done == expected
     last = max([first, *(int(of.split()[1]) for of in expected)])
@@ -212,8 +213,13 @@ def test_a_rewind_goes_on_with_the_next_batch(of_run: Any, monkeypatch: pytest.M
     of_run.batches_ahead, of_run.bad_steps, of_run.checkpoints.best_loss.return_value = 2, 1, 3.5
     position = {"batches": 6}
     monkeypatch.setattr(loop, "restore_or_begin", lambda *of: (4, [*of], position))
+    monkeypatch.setattr(loop, "clock", clock := Clock())
+    clock.begin("steps")
+    phases = list[str]()
+    of_run._writer.side_effect = lambda: phases.append(clock.phase)
     bad = bad_step(7)
     state = _Run._rewind(of_run, bad)
+    assert phases == ["restore"]  # in which a step is not waited for
     assert state == [of_run.config, of_run.trainer, of_run.checkpoints, of_run.models]
     assert (of_run.first_step, of_run.batches_ahead, of_run.bad_steps) == (4, 5, 2)
     assert of_run.best == 3.5 and of_run.learned is of_run._learned(position)

@@ -98,9 +98,11 @@ def feed(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     return apply
 
 
-def run(config: Config, workdir: pathlib.Path) -> None:
+def run(config: Config, workdir: pathlib.Path) -> loop.Result:
     with jax.set_mesh(make_mesh(config)):
-        assert loop.train(config, workdir).finished
+        result = loop.train(config, workdir)
+    assert result.finished
+    return result
 
 
 def change(config: Config, **train: Any) -> Config:
@@ -188,7 +190,7 @@ def test_rewind(tmp_path: pathlib.Path, feed: Any) -> None:
     """Batch 6 is bad at step 6: back to 4, and on with batch 7. So batch 9 is bad at step 7: back to 6."""
     config, workdir = bad_config(tmp_path, "rewind", "train.max_bad_steps=2"), tmp_path / "run"
     feed({6: NAN, 9: NAN})
-    run(config, workdir)
+    assert run(config, workdir).first_step == 0  # of this start, wherever rewinds have gone back to
     rewinds = [(record["step"], record["event"], record["from"]) for record in events(workdir)]
     assert rewinds == [(4, "rewind", 6), (6, "rewind", 7)]
     assert position(workdir, 8) == {"batches": 11, "bad_steps": 2} and position(workdir, 4) == {"batches": 4}

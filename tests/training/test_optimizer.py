@@ -118,6 +118,13 @@ def test_schedules(schedule: str, decay_steps: int, expected: dict[int, float]) 
     np.testing.assert_allclose(found, list(expected.values()), rtol=1e-6)
 
 
+@pytest.mark.parametrize(("schedule", "middle"), [("cosine", 1.0), ("linear", 1.0)])
+def test_a_schedule_from_nothing_rises(schedule: Any, middle: float) -> None:
+    optimizer = OptimizerConfig(learning_rate=0.0, final_learning_rate=2.0, warmup_steps=2, schedule=schedule)
+    rate = learning_rate(Config(optimizer=optimizer, train=TrainConfig(steps=20)))
+    np.testing.assert_allclose([float(rate(step)) for step in (0, 2, 11, 20, 99)], [0, 0, middle, 2, 2], rtol=1e-6)
+
+
 def newton_schulz(matrix: np.ndarray) -> np.ndarray:
     """Five steps of the quintic iteration, in float64 (Jordan et al., 2024)."""
     x = np.float64(matrix)
