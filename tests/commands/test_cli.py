@@ -96,7 +96,7 @@ BAD: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {  # what the line mus
     "broken prompt": ((*GENERATE, "--prompt=a\udcff"), ("prompt 1 is not valid UTF-8",)),
     "long prompt": ((*GENERATE, "--prompt=thirteen byte"), ("17, and must be at most max_length=16",)),
     "checkpoint of another shape": (
-        ("generate.py", "--workdir={folder}/other", "--cpu_devices=2", "--prompt=a"),
+        ("generate.py", "--workdir={folder}/other", "--cpu_devices=2", "--prompt=a", "--max_tokens=4"),
         ("is of another model", "[1, 8, 4, 16]", "[1, 16, 4, 16]"),
     ),
     "output of a prompt": ((*GENERATE, "--prompt=a", "--output={folder}/a"), ("--output=", "give those, or --json")),
