@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 
 import pytest
 from forks import ENVIRONMENT
@@ -86,6 +87,15 @@ time.sleep(10)
     assert ended(program) == (130, "[2, 15]\n", "interrupted\n")
 
 
+@pytest.fixture
+def interrupts() -> Iterator[None]:
+    """SIGINT raises KeyboardInterrupt, as where no shell has started this in the background."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interrupts")
 def test_whoever_is_told_gets_one_of_both(monkeypatch: pytest.MonkeyPatch) -> None:
     """As of a server behind a launcher, which makes of a ctrl-C a SIGTERM, too."""
     told = []
