@@ -18,7 +18,7 @@ from bigmac_jax.config import Config, DataConfig, MeshConfig, ModelConfig
 from bigmac_jax.model import adapters
 from bigmac_jax.model.mamba import token_products
 from bigmac_jax.model.mesh import AXES, axes_of
-from bigmac_jax.model.parameters import Declaration, Frozen, declared, shard_spec, state_spec
+from bigmac_jax.model.parameters import Declaration, Frozen, declared, shard_spec, stacked_spec, state_spec
 from bigmac_jax.model.transformer import init_model
 
 Sizes = dict[str, int]  # ranks by axis of the mesh
@@ -70,8 +70,7 @@ def _parameters(
     parts, of_rank, pieces = dict[str, int](), 0, list[tuple[Declaration, tuple[int, ...], P]]()
     ranks = dict(zip(AXES, of_axes, strict=True))
     for of, shape in declarations(m, split_experts, length):
-        layers, own = shape[: -len(of.dims)], shape[-len(of.dims) :]
-        spec = P(*[None] * len(layers), *of.spec(own, fsdp, ranks))
+        spec = stacked_spec(of, shape, fsdp, ranks)
         parts[of.part] = parts.get(of.part, 0) + math.prod(shape)
         of_rank += _on_rank(shape, spec, ranks)
         pieces += _trained(of, shape, spec, *lora)

@@ -103,6 +103,12 @@ def shard_spec(of: Declaration, shape: tuple[int, ...], spec: P, fsdp: bool, siz
     return spec if fsdp or of.small else fully_sharded(shape, spec, sizes)
 
 
+def stacked_spec(of: Declaration, shape: tuple[int, ...], fsdp: bool, sizes: Mapping[str, int]) -> P:
+    """How a parameter stands, of a stack of layers or alone: each rank has all layers."""
+    layers = len(shape) - len(of.dims)
+    return P(*[None] * layers, *of.spec(shape[layers:], fsdp, sizes))
+
+
 def state_spec(
     of: Declaration, shape: tuple[int, ...], spec: P, sharded: bool, sizes: Mapping[str, int], by_layers: bool
 ) -> P:

@@ -140,7 +140,7 @@ def cluster(sizes: Sizes, hardware: Hardware, topology: Shape | None = None) -> 
             raise ConfigError(f"topology={_x(topology)} is of a TPU, not of {hardware.device_kind}; leave it out")
         return Cluster(hardware, sizes)
     ranks, group = math.prod(sizes.values()), sizes["node"] * sizes["expert"] * sizes.get("tensor", 1)
-    shape = topology or hardware.torus.near_cube(_largest_slice(ranks, hardware.machine_ranks))
+    shape = topology or hardware.torus.near_cube(hardware.ranks_together(ranks))
     if len(shape) > hardware.torus.dimensions or min(shape) < 1:
         raise ConfigError(f"topology={_x(shape)} must have at most {hardware.torus.dimensions} axes, each at least 1")
     whole = hardware.torus.slice(shape)
@@ -156,12 +156,6 @@ def cluster(sizes: Sizes, hardware: Hardware, topology: Shape | None = None) -> 
         names = "mesh.node × mesh.expert" + " × mesh.tensor" * (sizes.get("tensor", 1) > 1)
         raise ConfigError(f"{names} = {group} ranks must make a block of topology={_x(shape)}")
     return Cluster(hardware, sizes, whole)
-
-
-def _largest_slice(ranks: int, most: int) -> int:
-    """Ranks of each of the slices that so many fill: a power of two, or a part of the largest slice."""
-    power = ranks & -ranks
-    return max(math.gcd(ranks, most), min(power, 2 ** int(math.log2(most))))
 
 
 def _x(shape: Shape) -> str:

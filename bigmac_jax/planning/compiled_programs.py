@@ -220,9 +220,12 @@ def _rings(axes: Sequence[str], sizes: Sizes) -> list[tuple[int, int]]:
     one ring, and what goes around an outer one has been divided by those inside."""
     rings, stride, joined = list[tuple[int, int]](), 1, False
     for axis, ranks in reversed(sizes.items()):
-        if axis in axes and ranks > 1:
-            rings[-1:] = [(rings[-1][0] * ranks, rings[-1][1])] if joined else [*rings[-1:], (ranks, stride)]
-        joined = axis in axes if ranks > 1 else joined
+        if ranks == 1:
+            continue
+        if axis in axes:
+            inner, begin = rings.pop() if joined else (1, stride)
+            rings.append((inner * ranks, begin))
+        joined = axis in axes
         stride *= ranks
     return rings
 

@@ -8,8 +8,6 @@ import math
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
-from jax.sharding import PartitionSpec as P
-
 from bigmac_jax.config import Config, ConfigError, ModelConfig
 from bigmac_jax.model import counts
 from bigmac_jax.model.adapters import is_adapted
@@ -19,7 +17,7 @@ from bigmac_jax.model.exchange import Gather, Hierarchical, Ragged
 from bigmac_jax.model.kernels.flash_attention import attention_implementation
 from bigmac_jax.model.memory import host_memory, moment_bytes
 from bigmac_jax.model.mesh import AXES, TENSOR, ExpertGroup, axes_of
-from bigmac_jax.model.parameters import state_spec
+from bigmac_jax.model.parameters import stacked_spec, state_spec
 from bigmac_jax.model.traffic import (
     computed_rows,
     exchange_traffic,
@@ -141,8 +139,7 @@ def orthogonal_flops(config: Config, sizes: Sizes) -> float:
     ranks, sharded = {axis: sizes.get(axis, 1) for axis in AXES}, mesh.replica_optimizer == "sharded"
     for of, shape in counts.declarations(config.step_model, mesh.split_experts, config.data.sequence_length):
         if of.trained and of.hidden_matrix:
-            layers = len(shape) - len(of.dims)
-            spec = P(*[None] * layers, *of.spec(shape[layers:], mesh.fsdp, ranks))
+            spec = stacked_spec(of, shape, mesh.fsdp, ranks)
             spec = state_spec(of, shape, spec, sharded, ranks, config.execution.offload_optimizer)
             *leading, m, n = *shape[:-2], *sorted(shape[-2:])
             over = [axis for dim in range(len(leading)) for axis in axes_of(spec[dim : dim + 1])]

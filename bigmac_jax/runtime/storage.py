@@ -201,7 +201,7 @@ def _walk(folder: pathlib.Path, found: dict[pathlib.Path, int], seen: set[str], 
         return
     seen.add(real)
     try:
-        names = sorted(os.listdir(folder))
+        names = os.listdir(folder)
     except OSError:
         found[folder] = 0
         return
