@@ -65,7 +65,7 @@ lint: $(VENV)/installed-dev
 $(VENV)/bin/python:
 	@case "$(VERSION)" in 3.11|3.12|3.13) ;; *) \
 	  echo "error: $(PYTHON) is Python $(VERSION); Python 3.11, 3.12 or 3.13 is needed, as in PYTHON=python3.12 make train" >&2; exit 2;; esac
-	$(PYTHON) -m venv $(VENV)
+	$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); exit 1; }  # half of one would be taken for it
 
 $(VENV)/installed: pyproject.toml | $(VENV)/bin/python
 	@echo "installing bigmac_jax and its packages into $(VENV): 1.2 GB, a minute or more"

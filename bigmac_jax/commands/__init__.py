@@ -66,7 +66,7 @@ def start(name: str) -> None:
     except ModuleNotFoundError as error:
         if not error.name or error.name.partition(".")[0] == "bigmac_jax":
             raise
-        fail(f"{sys.executable} has no package {error.name!r}; {_advice()}")
+        fail(f"{sys.executable} has no package {error.name!r}; {_advice(error.name.partition('.')[0])}")
     cli.run(module.main, COMMANDS[name].arguments, COMMANDS[name].distributed)
 
 
@@ -88,8 +88,15 @@ def main() -> None:
         fail(f"{name!r} is not a command of bigmac; {fix}")
 
 
-def _advice() -> str:
+# Packages that an extra of this name brings.
+_EXTRAS = {"serve": ("uvicorn", "starlette", "h11", "prometheus_client")}
+
+
+def _advice(package: str = "") -> str:
     """How to get a Python that has what is needed."""
+    for extra, packages in _EXTRAS.items():
+        if package in packages:
+            return f"it comes with the extra: {sys.executable} -m pip install 'bigmac_jax[{extra}]'"
     for python in sorted(_ROOT.glob(".venv-*/bin/python")):
         return f"enter the environment that make has built: source {python.parent / 'activate'}"
     if (_ROOT / "Makefile").exists():

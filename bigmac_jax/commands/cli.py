@@ -71,6 +71,7 @@ def _guard(main: Callable[[], int | None], distributed: bool, _: Sequence[str]) 
     if CPU_DEVICES.value:
         jax.config.update("jax_platforms", "cpu")
         jax.config.update("jax_num_cpu_devices", CPU_DEVICES.value)
+    if CPU_DEVICES.value or "host_platform_device_count" in os.environ.get("XLA_FLAGS", ""):
         environment.order_collectives(jax.__version_info__)
     try:
         clock.switch("devices")
@@ -96,7 +97,7 @@ def _guard(main: Callable[[], int | None], distributed: bool, _: Sequence[str]) 
         if not line:
             raise
         print(f"error: {line}", file=sys.stderr, flush=True)
-        return 1 if storage.is_store_error(error) else 2
+        return 1 if clock.trained or storage.is_store_error(error) else 2
 
 
 class LineFormatter(logging.Formatter):
@@ -165,7 +166,11 @@ def _define_host_flags() -> None:
     flags.DEFINE_integer("process_id", -1, "Of this process, from 0.", lower_bound=-1)
     flags.DEFINE_bool("distributed", False, "Take these from SLURM's, Open MPI's, Cloud TPU's or GKE's environment.")
     flags.DEFINE_integer(
-        "peer_timeout", 120, "Seconds after which a process that is silent, or hangs, ends the job; 0 = never.", 0
+        "peer_timeout",
+        120,
+        "Seconds after which a process that is silent, or hangs, ends the job; 0 = only jax looks, "
+        "which gives up on one that is silent for 100 s.",
+        0,
     )
 
 

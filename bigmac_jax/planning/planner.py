@@ -1,5 +1,6 @@
 """Plans a configuration: makes the object that plan.py prints, with everything that the configuration costs."""
 
+import contextlib
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -310,10 +311,22 @@ def _programs(config: Config, place: Place) -> dict[str, dict[str, Any]]:
     if place.topology:
         devices = topologies.absent_devices(place.topology)
     else:
-        jax.config.update("jax_num_cpu_devices", place.devices)
-        devices, config = jax.devices("cpu"), compiled_programs.imitate_accelerators(config)
+        devices, config = _cpu_devices(place.devices), compiled_programs.imitate_accelerators(config)
     target = compiled_programs.Target(devices, place.hardware, place.torus)
     return compiled_programs.describe_programs(config, target, SERVING if is_resident(config) else NAMES)
+
+
+def _cpu_devices(count: int) -> list[jax.Device]:
+    """Simulated devices; raises ConfigError where jax runs already, with fewer."""
+    with contextlib.suppress(RuntimeError):  # jax has begun
+        jax.config.update("jax_num_cpu_devices", count)
+    devices = jax.devices("cpu")
+    if len(devices) < count:
+        raise ConfigError(
+            f"{count} devices can't be compiled for: jax runs here with {len(devices)} already; use topology=, which "
+            f"needs none, or the command `bigmac plan --compile`"
+        )
+    return devices[:count]
 
 
 def _checkpoint(config: Config) -> dict[str, int]:

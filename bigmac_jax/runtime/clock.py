@@ -22,9 +22,11 @@ class Clock:
       last_tick: when work last made progress, by `time.monotonic`.
       step: the training step started last.
       started: number of steps started, including those that a rewind repeats.
+      trained: whether a step was started, also if the clock was reset since.
     """
 
     def __init__(self) -> None:
+        self.trained = False
         self.reset()
 
     def reset(self) -> None:
@@ -87,6 +89,7 @@ class Clock:
     def start_step(self, step: int) -> None:
         """Notes that training step `step` was started."""
         self.step, self.started, self.last_tick = step, self.started + 1, time.monotonic()
+        self.trained = True
 
     def seconds(self) -> dict[str, float]:
         """Seconds per phase so far, in the order in which phases first ended; they sum to the time since `begin`."""

@@ -6,6 +6,8 @@ process, and the kind of TPU is known only once jax runs. BIGMAC_KEEP_ENV=1 turn
 set stays.
 """
 
+from __future__ import annotations  # so that a Python that is too old gets as far as the line that says so
+
 import functools
 import glob
 import os

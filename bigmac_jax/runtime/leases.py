@@ -205,5 +205,6 @@ class Lease:
 
 
 def _end(line: str) -> NoReturn:
-    print(f"error: {line}", file=sys.stderr, flush=True)
+    with contextlib.suppress(Exception):  # where nothing can be printed, it ends all the same
+        print(f"error: {line}", file=sys.stderr, flush=True)
     os._exit(3)

@@ -3,7 +3,10 @@
 A signal ends the command with one line and the exit code that shells use. Nothing that takes time is imported here.
 """
 
+from __future__ import annotations  # so that a Python that is too old gets as far as the line that says so
+
 import contextlib
+import errno
 import os
 import signal
 import sys
@@ -92,16 +95,18 @@ def stop_signals(told: Callable[[], object] | None = None) -> Iterator[list[int]
 
 
 @contextlib.contextmanager
-def tolerate_closed_pipe(stream: TextIO) -> Iterator[None]:
-    """A context for printing to a reader that may leave, as head does, or tee at a ctrl-C. If it left, further output
-    goes nowhere, and the loop inside `stop_signals` saves and ends as for a signal."""
+def tolerate_lost_output(stream: TextIO) -> Iterator[None]:
+    """A context for printing in a loop inside `stop_signals`, which a line must not end. To a reader that may leave, as
+    head does, tee at a ctrl-C, or a terminal: if it left, further output goes nowhere, and the loop saves and ends as
+    for a signal. To a file: on a full disk, what can't be written is left out."""
     try:
         yield
-    except BrokenPipeError:
+    except OSError as error:
         if not _loops:
             raise
-        discard_output(stream)
-        _loops[-1].append(signal.SIGPIPE)
+        if error.errno in (errno.EPIPE, errno.EIO):
+            discard_output(stream)
+            _loops[-1].append(signal.SIGPIPE)
 
 
 def discard_output(stream: TextIO) -> None:

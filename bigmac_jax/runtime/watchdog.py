@@ -282,12 +282,14 @@ class Watchdog:
     def _end(self, line: str, code: int = hosts.EXIT_CODE) -> NoReturn:
         if not self._ending.acquire(blocking=False):
             time.sleep(3600)  # the other thread is ending the process
-        sys.stdout.flush()
-        if line.startswith(f"process {self._me} failed: "):  # no trace of an error that another process caused
-            print(self._trace, end="", file=sys.stderr)
-        bar = "" if self._me or not sys.stderr.isatty() else "\n"  # a progress bar stands in the line
-        if code != signals.UNREAD:
-            print(f"{bar}error: {line}", file=sys.stderr, flush=True)
+        with contextlib.suppress(Exception):
+            sys.stdout.flush()
+        with contextlib.suppress(Exception):  # where nothing can be printed, it ends all the same
+            if line.startswith(f"process {self._me} failed: "):  # no trace of an error that another process caused
+                print(self._trace, end="", file=sys.stderr)
+            bar = "" if self._me or not sys.stderr.isatty() else "\n"  # a progress bar stands in the line
+            if code != signals.UNREAD:
+                print(f"{bar}error: {line}", file=sys.stderr, flush=True)
         if self._me == 0:
             self._verdict = line
             self._hurry.set()  # the other thread tells it: where jax is aborting, a request may never return

@@ -214,8 +214,10 @@ def train(config: Config, devices: Sequence[Any], steps: int = 3) -> tuple[list[
 
 
 def count_nodes(devices: Sequence[Any]) -> int:
-    """Number of nodes of the hierarchical exchange: slices, hosts of GPUs, or two for the sake of the check."""
+    """Number of nodes of the hierarchical exchange: slices, hosts of GPUs that are a process each, or two for the sake
+    of the check."""
     slices = len({getattr(device, "slice_index", None) or 0 for device in devices})
     processes = len({device.process_index for device in devices})
-    nodes = slices if slices > 1 else processes if processes > 1 and devices[0].platform == "gpu" else 2
+    hosts = processes if 1 < processes < len(devices) and devices[0].platform == "gpu" else 2
+    nodes = slices if slices > 1 else hosts
     return nodes if len(devices) > nodes and len(devices) % nodes == 0 else 1

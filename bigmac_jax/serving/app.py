@@ -1,6 +1,7 @@
 """The HTTP side of the server: routes, bodies, streams and errors. What a request means is in `api`."""
 
 import asyncio
+import contextlib
 import dataclasses
 import functools
 import importlib.resources
@@ -26,7 +27,7 @@ from bigmac_jax.serving.answers import Answer, name_token
 from bigmac_jax.serving.dialogue import Dialogue
 from bigmac_jax.serving.limits import ApiError
 from bigmac_jax.serving.work_threads import SHORT, Check, WorkThreads, forget_frames
-from bigmac_jax.serving.worker import Ticket, Worker
+from bigmac_jax.serving.worker import Ticket, Worker, ended
 
 _log = logging.getLogger(__name__)
 _GONE = 499  # nobody reads it: the client has closed the connection
@@ -51,6 +52,8 @@ class Service:
         self._access = Access(key, hosts)
         self.threads = WorkThreads()
         self._long = 0  # bytes of long requests that have not been read
+        self._arriving: set[asyncio.Timeout] = set()  # the time that bodies still have
+        self._over = asyncio.Event()
         self._created = int(time.time())
         self._token_name = functools.lru_cache(1 << 16)(functools.partial(name_token, generator.tokenizer))
 
@@ -74,6 +77,14 @@ class Service:
         )
         app.router.redirect_slashes = False  # to wherever the Host header says, which nothing has checked there
         return app
+
+    def end(self) -> None:
+        """Ends all requests with the error that says so, those whose body arrives among them."""
+        self._over.set()
+        self._worker.end_requests()
+        for left in self._arriving:
+            if not left.expired():
+                left.reschedule(0)
 
     def _guard(self, path: str, handler: Handler, public: bool) -> Handler:
         """The handler behind the checks of access, with errors as JSON."""
@@ -111,7 +122,9 @@ class Service:
         if asked.stream:
             return _EventStream(self._events(answer, ticket), lambda: self._end(ticket))
         try:
-            return Response(await _unless_gone(request, self._whole(answer, ticket)), media_type="application/json")
+            return Response(
+                await _unless_gone(request, self._over, self._whole(answer, ticket)), media_type="application/json"
+            )
         finally:
             self._end(ticket)
 
@@ -138,7 +151,8 @@ class Service:
             body = await self._receive(request, count_long)
             if self.threads.waiting >= self._worker.capacity:
                 raise self._worker.full(f"{self.threads.waiting} requests wait to be read")
-            return await _unless_gone(request, self.threads.run(len(body), functools.partial(self._parse, body, chat)))
+            parse = functools.partial(self._parse, body, chat)
+            return await _unless_gone(request, self._over, self.threads.run(len(body), parse))
         finally:
             self._long -= long
 
@@ -153,7 +167,7 @@ class Service:
             raise too_long
         body = bytearray()
         try:
-            async with asyncio.timeout(self._limits.arrival):
+            async with asyncio.timeout(0 if self._over.is_set() else self._limits.arrival) as left, self._counted(left):
                 async for part in request.stream():
                     body += part
                     if len(body) > self._limits.body:
@@ -161,8 +175,18 @@ class Service:
                     if len(body) > SHORT:
                         count_long(min(len(part), len(body) - SHORT))
         except TimeoutError:
+            if self._over.is_set():
+                raise ended() from None
             raise ApiError(408, f"the body did not arrive within {self._limits.arrival:g} s") from None
         return bytes(body)
+
+    @contextlib.asynccontextmanager
+    async def _counted(self, left: asyncio.Timeout) -> AsyncIterator[None]:
+        self._arriving.add(left)
+        try:
+            yield
+        finally:
+            self._arriving.remove(left)
 
     def _parse(self, body: bytes, chat: bool, check: Check) -> api.CompletionRequest:
         fields = api.parse_body(body)
@@ -190,8 +214,8 @@ class Service:
         left = len(ticket.jobs)
         while left:
             item = await self._in_time(ticket.started, ticket.steps.get())
-            if item is None:
-                raise ApiError(500, "the engine has failed; the server's log says why")
+            if isinstance(item, ApiError):
+                raise item
             if item[1].reason == BROKEN:
                 raise ApiError(500, "the model gives no numbers for this prompt: its activations overflow")
             left -= bool(item[1].reason)
@@ -263,22 +287,24 @@ class _EventStream(StreamingResponse):
             self._end()
 
 
-async def _unless_gone(request: Request, work: Coroutine[Any, Any, T]) -> T:
-    """The result of `work`; cancels it and raises ClientDisconnect when the client closes the connection."""
+async def _unless_gone(request: Request, over: asyncio.Event, work: Coroutine[Any, Any, T]) -> T:
+    """The result of `work`; cancels it and raises ClientDisconnect when the client closes the connection, or the error
+    of the server's end."""
 
     async def wait_for_disconnect() -> None:
         while (await request.receive())["type"] != "http.disconnect":
             pass
 
-    working, leaving = asyncio.ensure_future(work), asyncio.ensure_future(wait_for_disconnect())
+    working = asyncio.ensure_future(work)
+    others = leaving, _ = asyncio.ensure_future(wait_for_disconnect()), asyncio.ensure_future(over.wait())
     try:
-        await asyncio.wait((working, leaving), return_when=asyncio.FIRST_COMPLETED)
-        if not working.done():
-            raise ClientDisconnect
-        return working.result()
+        await asyncio.wait((working, *others), return_when=asyncio.FIRST_COMPLETED)
+        if working.done():
+            return working.result()
+        raise ClientDisconnect if leaving.done() else ended()
     finally:
-        working.cancel()
-        leaving.cancel()
+        for task in (working, *others):
+            task.cancel()
 
 
 def _json(value: Any) -> bytes:

@@ -13,6 +13,8 @@ from bigmac_jax.serving.limits import ApiError, Limits
 _FEW, _MANY = 1 << 11, 1 << 16
 # Bytes that may frame a body's chunks beyond a quarter of its own bytes; and in all, once the request was answered.
 _FRAMING, _FRAMING_UNREAD = 1 << 10, 1 << 17
+# Bytes that may come while a request is answered: the next ones of the connection. Unread, they would hide its end.
+_AHEAD = 1 << 16
 
 
 def make_protocol(limits: Limits) -> type[H11Protocol]:
@@ -44,7 +46,13 @@ class _LimitedProtocol(H11Protocol):
     def data_received(self, data: bytes) -> None:
         was_answered, cycle, before = self._answered, self.cycle, self._unread
         super().data_received(data)
-        if self.cycle is cycle and self._chunked:
+        if len(self.conn.trailing_data[0]) > _AHEAD:
+            return self.transport.abort()
+        if self.conn.their_state is h11.DONE:
+            self.flow.resume_reading()  # or nobody would see that the client has left
+        if self.cycle is not cycle:
+            self._body = self._framing = 0
+        elif self._chunked:
             self._body += self._unread - before
             self._framing += len(data) - self._unread + before
             if self._framing > (_FRAMING_UNREAD if was_answered else _FRAMING + self._body // 4):
@@ -55,6 +63,13 @@ class _LimitedProtocol(H11Protocol):
             self._start_timer()
         else:
             self._stop_timer()
+            if idle and was_answered:  # uvicorn starts it with an answer, and stops it with any byte
+                self.timeout_keep_alive_task = self.loop.call_later(
+                    self.timeout_keep_alive, self.timeout_keep_alive_handler
+                )
+
+    def send_400_response(self, msg: str) -> None:
+        self._refuse(ApiError(400, msg))
 
     def on_response_complete(self) -> None:
         super().on_response_complete()

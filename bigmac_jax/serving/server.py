@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import ipaddress
 import logging
+import math
 import os
 import resource
 import socket
@@ -68,9 +69,11 @@ async def serve(
       The exit code: 1 if the engine failed.
     """
     server: _Server
+    loop = asyncio.get_running_loop()
 
     def end() -> None:
         server.should_exit = True
+        loop.call_later(limits.drain, service.end)
 
     worker = Worker(engine, limits, Metrics(engine), end)
     service = Service(generator, worker, chat, name, key, hosts)
@@ -83,7 +86,7 @@ async def serve(
             lifespan="off",
             server_header=False,
             timeout_keep_alive=30,
-            timeout_graceful_shutdown=max(1, round(limits.drain)),
+            timeout_graceful_shutdown=math.ceil(limits.drain) + 1,  # for what `service.end` can't reach
         )
     )
     for library in ("uvicorn.error", "asyncio"):  # they warn of every client that leaves
@@ -91,7 +94,6 @@ async def serve(
     host, port = listening.getsockname()[:2]
     if not (key or ipaddress.ip_address(host).is_loopback):
         _log.warning("whoever reaches %s may use this server; --api_key_file asks for a key", host)
-    loop = asyncio.get_running_loop()
     with stop_signals(lambda: loop.call_soon_threadsafe(end)):
         print(f"serving {name} at http://{f'[{host}]' if ':' in host else host}:{port}", flush=True)
         await server.serve(sockets=[listening])

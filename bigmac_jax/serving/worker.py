@@ -25,13 +25,13 @@ class Ticket:
     """A submitted request, and where its completions arrive token by token.
 
     Attributes:
-      steps: a queue of steps, each with the number of its completion; None if the engine has failed.
+      steps: a queue of steps, each with the number of its completion, or of the error that ends the request.
       started: when the request arrived, in seconds of the monotonic clock.
     """
 
     def __init__(self, jobs: Sequence[Job], started: float):
         self.jobs = jobs
-        self.steps: asyncio.Queue[tuple[int, Step] | None] = asyncio.Queue()
+        self.steps: asyncio.Queue[tuple[int, Step] | ApiError] = asyncio.Queue()
         self.started = started
         self.last = [0.0] * len(jobs)  # when each completion had its last token; 0 = none yet
 
@@ -52,7 +52,7 @@ class Worker:
 
     def __init__(self, engine: Engine, limits: Limits, metrics: Metrics, on_failure: Callable[[], object]):
         self.engine, self.limits, self.metrics = engine, limits, metrics
-        self.failed = False
+        self.failed, self.over = False, False
         self._on_failure = on_failure
         self._loop = asyncio.get_running_loop()
         self._inbox: queue.SimpleQueue[_Command | None] = queue.SimpleQueue()
@@ -79,7 +79,9 @@ class Worker:
     def check_queue(self, completions: int) -> None:
         """Raises ApiError if there is no room for so many more completions, or the engine has failed."""
         if self.failed:
-            raise ApiError(500, "the engine has failed; the server's log says why")
+            raise _failed()
+        if self.over:
+            raise ended()
         if len(self._tickets) + completions > self.capacity:
             raise self.full(f"{len(self._tickets)} completions run or wait, and {self.capacity} may")
 
@@ -101,6 +103,13 @@ class Worker:
         for job in ticket.jobs:
             if self._tickets.pop(job, None):
                 self._inbox.put(_Command(job, cancel=True))
+
+    def end_requests(self) -> None:
+        """Answers what runs or waits with the error that the server ends, and takes nothing more."""
+        self.over = True
+        for ticket in set(self._tickets.values()):
+            ticket.steps.put_nowait(ended())
+            self.cancel(ticket)
 
     async def stop(self, seconds: float) -> bool:
         """Ends the engine's thread → whether it did within so many seconds."""
@@ -169,6 +178,15 @@ class Worker:
     def _fail(self) -> None:
         self.failed = True
         for ticket in set(self._tickets.values()):
-            ticket.steps.put_nowait(None)
+            ticket.steps.put_nowait(_failed())
         self._tickets.clear()
         self._on_failure()
+
+
+def ended() -> ApiError:
+    """Makes the error for a request that the server's end cuts off."""
+    return ApiError(503, "the server ends; ask another one, or come again later")
+
+
+def _failed() -> ApiError:
+    return ApiError(500, "the engine has failed; the server's log says why")

@@ -84,15 +84,15 @@ class MetricsWriter:
 
     def progress(self, step: int, line: str | None = None) -> None:
         """Shows how far the run is; `line` describes a step that is logged."""
-        self._bar.update(step - self._bar.n)
-        if line is not None and self._bar.disable:
-            with signals.tolerate_closed_pipe(sys.stderr):
+        with signals.tolerate_lost_output(sys.stderr):
+            self._bar.update(step - self._bar.n)
+            if line is not None and self._bar.disable:
                 print(f"step {step} of {self._steps}: {line}", file=sys.stderr, flush=True)
-        elif line is not None:
-            self._bar.set_postfix_str(line)
+            elif line is not None:
+                self._bar.set_postfix_str(line)
 
     def print(self, line: str) -> None:
-        with signals.tolerate_closed_pipe(sys.stdout):
+        with signals.tolerate_lost_output(sys.stdout):
             self._bar.write(line)
             sys.stdout.flush()
 

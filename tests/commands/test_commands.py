@@ -1,6 +1,7 @@
 """The commands where they are not at home: another Python, another folder, installed."""
 
 import ast
+import errno
 import io
 import os
 import pathlib
@@ -9,16 +10,19 @@ import shlex
 import shutil
 import subprocess
 import sys
-import types
+from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 from training.tools import ROOT
 
 import bigmac_jax
 from bigmac_jax import commands
+from bigmac_jax.commands import cli
 from bigmac_jax.config import load_config
 from bigmac_jax.config.reading import list_shipped
 from bigmac_jax.config.root import check_name
+from bigmac_jax.runtime.clock import Clock
 
 SCRIPTS = ("train.py", "eval.py", "generate.py", "serve.py", "plan.py", "convert.py")
 
@@ -35,12 +39,44 @@ def test_without_the_environment_a_line_says_what_to_do(argv: tuple[str, ...]) -
 
 def test_advice(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(commands, "_ROOT", tmp_path)
-    assert commands._advice() == "install bigmac_jax with its dependencies: pip install bigmac-jax"
+    assert commands._advice("jax") == "install bigmac_jax with its dependencies: pip install bigmac-jax"
     (tmp_path / "Makefile").touch()
-    assert f"cd {tmp_path} && make env" in commands._advice()
+    assert f"cd {tmp_path} && make env" in commands._advice("jax")
     (tmp_path / ".venv-3.11" / "bin").mkdir(parents=True)
     (tmp_path / ".venv-3.11" / "bin" / "python").touch()
-    assert commands._advice().endswith(f"source {tmp_path}/.venv-3.11/bin/activate")
+    assert commands._advice("jax").endswith(f"source {tmp_path}/.venv-3.11/bin/activate")
+
+
+@pytest.mark.parametrize("missing", ["uvicorn", "starlette.routing"])
+def test_what_an_extra_brings_is_advised_in_any_environment(
+    missing: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    absent = mock.Mock(side_effect=ModuleNotFoundError(f"No module named {missing!r}", name=missing))
+    monkeypatch.setattr(commands.importlib, "import_module", absent)
+    monkeypatch.setattr(commands.signals, "install", mock.Mock())
+    monkeypatch.setattr(commands.environment, "prepare", mock.Mock())
+    with pytest.raises(SystemExit):
+        commands.start("serve")
+    assert capsys.readouterr().err.endswith(f"{sys.executable} -m pip install 'bigmac_jax[serve]'\n")
+
+
+@pytest.mark.parametrize(("steps", "code"), [(0, 2), (1, 1)])
+def test_what_breaks_a_run_off_is_no_wrong_config(
+    steps: int, code: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Whoever starts jobs again after exit code 1 does so after a full disk, if steps were trained."""
+
+    def main() -> None:
+        for step in range(steps):
+            own.start_step(step)
+        own.reset()  # as the loop's end does
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    own = Clock()
+    monkeypatch.setattr(cli, "clock", own)
+    monkeypatch.setattr(cli, "CPU_DEVICES", SimpleNamespace(value=0))
+    assert cli._guard(main, False, ()) == code
+    assert capsys.readouterr().err == "error: a file cannot be written (No space left on device); free space\n"
 
 
 def commands_of(file: pathlib.Path) -> list[list[str]]:
@@ -76,12 +112,12 @@ def test_an_old_python_is_told(monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
 
 def test_a_path_that_is_no_utf8_is_printed_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
     out = io.TextIOWrapper(io.BytesIO(), encoding="utf-8")
-    module = types.SimpleNamespace(run=lambda *of: print(os.fsdecode(b"runs/\xff"), flush=True), main=None)
+    module = SimpleNamespace(run=lambda *of: print(os.fsdecode(b"runs/\xff"), flush=True), main=None)
     with monkeypatch.context() as patched:
         patched.setattr(sys, "stdout", out)
-        patched.setattr(commands, "environment", types.SimpleNamespace(prepare=lambda: None))
+        patched.setattr(commands, "environment", SimpleNamespace(prepare=lambda: None))
         patched.setattr(commands.signals, "install", lambda: None)
-        patched.setattr(commands, "importlib", types.SimpleNamespace(import_module=lambda name: module))
+        patched.setattr(commands, "importlib", SimpleNamespace(import_module=lambda name: module))
         commands.start("report")
     assert out.buffer.getvalue() == b"runs/\xff\n"
 

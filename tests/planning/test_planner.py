@@ -173,6 +173,13 @@ def test_a_program_that_the_compiler_refuses(monkeypatch: pytest.MonkeyPatch) ->
     assert "decode does not fit or compile: the program 'decode' does not compile" in said
 
 
+def test_programs_are_compiled_for_devices_of_a_jax_that_runs() -> None:
+    """As in a notebook that has trained before: for as many as there are."""
+    assert len(planner._cpu_devices(jax.device_count() // 2)) == jax.device_count() // 2
+    with pytest.raises(ConfigError, match=r"jax runs here with 8 already; use topology="):
+        planner._cpu_devices(9)
+
+
 def test_a_simulated_program_leaves_the_table_as_it_is() -> None:
     """The ragged exchange's figures are of exact rows, though the CPU's program emulates it."""
     place = Place(32, None, None, simulated=True)

@@ -118,12 +118,36 @@ for inside in True, False:
     stream = os.fdopen(write, "w")
     with signals.stop_signals() if inside else signals.undo_on_signal(print) as stopped:
         for _ in range(3):
-            with signals.tolerate_closed_pipe(stream):
+            with signals.tolerate_lost_output(stream):
                 print("line", file=stream, flush=True)
     print(stopped == [signal.SIGPIPE], flush=True)
 """
     code, said, error = ended(program)
     assert code == 1 and said == "True\n" and "BrokenPipeError" in error
+
+
+def test_lines_that_cannot_be_written() -> None:
+    """On a full disk the loop goes on without them, and says more once there is room; where a terminal has gone it
+    saves and ends, as where a reader has left."""
+    program = """
+import errno, pty
+full = open("/dev/full", "w")
+with signals.stop_signals() as stopped:
+    for _ in range(3):
+        with signals.tolerate_lost_output(full):
+            print("line", file=full, flush=True)
+print(stopped == [], flush=True)
+leader, follower = pty.openpty()
+terminal = os.fdopen(follower, "w")
+os.close(leader)
+with signals.stop_signals() as stopped:
+    for _ in range(3):
+        with signals.tolerate_lost_output(terminal):
+            print("line", file=terminal, flush=True)
+print(stopped == [signal.SIGPIPE], flush=True)
+os._exit(0)
+"""
+    assert ended(program)[:2] == (0, "True\nTrue\n")
 
 
 def test_a_main_thread_that_does_not_come_back() -> None:

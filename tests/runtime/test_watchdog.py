@@ -14,7 +14,7 @@ import jax
 import pytest
 
 from bigmac_jax.config import ConfigError
-from bigmac_jax.runtime import watchdog
+from bigmac_jax.runtime import leases, watchdog
 from bigmac_jax.runtime.clock import Clock, process_start
 from bigmac_jax.runtime.watchdog import Watchdog, _join, _Peer
 
@@ -399,6 +399,24 @@ def test_process_0_stays_until_its_verdict_was_heard(still: Time, monkeypatch: p
         job.watches[me]._end("a line")
         assert sum(still.slept) == seconds and (job.watches[me]._verdict == "a line") == (me == 0)
     assert codes == [3] * 4
+
+
+def test_it_ends_where_nothing_can_be_printed(still: Time, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a full disk, or where the terminal has gone: or who has lost a lease would train on beside another job."""
+    codes: list[int] = []
+    monkeypatch.setattr("os._exit", codes.append)
+    job = Job()
+    job.tell()
+    with open("/dev/full", "w") as out, open("/dev/full", "w") as err:
+        monkeypatch.setattr(sys, "stdout", out)
+        monkeypatch.setattr(sys, "stderr", err)
+        print("before", end="")
+        job.watches[1]._end("process 1 failed: a line")
+        leases._end("a line")
+        monkeypatch.undo()
+        for stream in (out, err):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())  # for what it still holds
+    assert codes == [3, 3]
 
 
 def test_requests_that_are_lost_are_counted_until_one_is_not(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -43,6 +43,7 @@ def selfcheck(*flags: str) -> subprocess.CompletedProcess[str]:
         ("tpu", [0, 1], [0, 1], 1),  # one device each: nothing inside a node
         ("gpu", [None] * 6, [0, 0, 1, 1, 2, 2], 3),
         ("gpu", [None] * 4, [0] * 4, 2),
+        ("gpu", [None] * 8, list(range(8)), 2),  # a process a GPU: which of them share a host is not known
         ("cpu", [None] * 4, [0, 1, 2, 3], 2),
         ("tpu", [1] * 4, [0] * 4, 2),
         ("cpu", [None] * 3, [0] * 3, 1),

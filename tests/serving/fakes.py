@@ -90,14 +90,16 @@ class Served:
         self._client = httpx.AsyncClient(transport=httpx.ASGITransport(self.app), base_url="http://127.0.0.1")
 
     async def ask(self, path: str, body: Any = None, headers: Any = None) -> tuple[int, Any]:
-        if body is None:
-            answer = await self._client.get(path, headers=headers)
-        elif isinstance(body, bytes):
-            given = {"content-type": "application/json"} | (headers or {})
-            answer = await self._client.post(path, content=body, headers=given)
-        else:
-            answer = await self._client.post(path, json=body, headers=headers)
+        get = self._client.get(path, headers=headers) if body is None else self.post(path, body, headers)
+        answer = await get
         return answer.status_code, answer.json()
+
+    async def post(self, path: str, body: Any, headers: Any = None) -> httpx.Response:
+        """Posts an object, or the bytes of a body, which may come in parts."""
+        if isinstance(body, dict):
+            return await self._client.post(path, json=body, headers=headers)
+        given = {"content-type": "application/json"} | (headers or {})
+        return await self._client.post(path, content=body, headers=given)
 
 
 @contextlib.contextmanager

@@ -13,7 +13,7 @@ import sys
 import threading
 import time
 import weakref
-from collections.abc import Callable, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine
 from types import SimpleNamespace
 from typing import Any
 
@@ -302,10 +302,39 @@ async def test_an_engine_that_fails_answers_all_that_wait() -> None:
     await until(lambda: told)
     assert told == [True] and not worker._tickets
     for ticket in tickets:
-        assert ticket.steps.qsize() == 1 and ticket.steps.get_nowait() is None
-    with pytest.raises(ApiError, match="the engine has failed") as error:
+        error = ticket.steps.get_nowait()
+        assert ticket.steps.empty() and isinstance(error, ApiError) and error.status == 500
+    with pytest.raises(ApiError, match="the engine has failed") as raised:
         worker.check_queue(1)
-    assert error.value.status == 500 and (await served.ask(COMPLETIONS, SHORT))[0] == 500
+    assert raised.value.status == 500 and (await served.ask(COMPLETIONS, SHORT))[0] == 500
+
+
+@alone
+async def test_the_servers_end_is_told_to_every_request() -> None:
+    """Whatever it waits for: its body, to be read, for the engine; also to who comes later."""
+
+    async def never() -> AsyncIterator[bytes]:
+        yield b'{"prompt": '
+        await asyncio.sleep(60)
+
+    served = Served()
+    with held(served.engine, "submit") as (release, jobs), held(served.service, "_parse") as (read, texts):
+        kinds: list[Any] = [never(), SHORT, SHORT | {"stream": True}]
+        asked = [asyncio.ensure_future(served.post(COMPLETIONS, kind)) for kind in kinds]
+        await until(lambda: len(texts) == 1)
+        read.set()
+        await until(lambda: len(served.worker._tickets) == 2 and jobs)
+        read.clear()
+        asked.append(asyncio.ensure_future(served.post(COMPLETIONS, SHORT)))
+        await until(lambda: len(texts) == 3)
+        served.service.end()
+        answers = [*[await answer for answer in asked], await served.post(COMPLETIONS, SHORT | {"max_tokens": 1})]
+        release.set()
+    streamed = answers.pop(2)
+    assert streamed.text.startswith('data: {"error":{"message":"the server ends; ask another one')
+    for answer in answers:
+        assert answer.status_code == 503 and answer.json()["error"]["message"].startswith("the server ends; ")
+    await until(lambda: not served.engine.jobs and not served.worker._tickets)
 
 
 def test_an_answer_that_nobody_takes_ends_its_connection() -> None:
@@ -488,6 +517,61 @@ async def test_of_an_answered_request_128_kib_are_read_in_chunks(more: int) -> N
     connection.protocol.connection_lost(None)
 
 
+@alone
+async def test_chunks_are_counted_for_their_own_request() -> None:
+    """The rest of a body that was answered early is none of the next one's."""
+    connection = Connection(answers=True)
+    for _ in range(3):
+        await connection.take(HEAD + b"Transfer-Encoding: chunked\r\n\r\n")
+        await connection.take(chunks(4096, 20) + b"0\r\n\r\n")
+    assert connection.protocol._framing == 20 * (4096 + 8) + 5
+    connection.protocol.app, body = Connection().protocol.app, HEAD + b"Transfer-Encoding: chunked\r\n\r\n"
+    await connection.take(body)
+    await connection.take(chunks(4096, 1))
+    assert not connection.transport.is_closing()
+    connection.protocol.connection_lost(None)
+
+
+@alone
+async def test_a_connection_waits_for_its_next_request_for_a_time_after_any_answer() -> None:
+    """Also after one that came before the request's end."""
+    connection = Connection(answers=True)
+    await connection.take(HEAD + b"Content-Length: 3\r\n\r\n")
+    assert connection.protocol._arrival_timer
+    await connection.take(b"abc")
+    assert connection.protocol._arrival_timer is None and connection.protocol.timeout_keep_alive_task
+    connection.protocol.timeout_keep_alive_handler()
+    assert connection.transport.is_closing()
+    connection.protocol.connection_lost(None)
+
+
+@alone
+async def test_who_sends_more_while_an_answer_is_made_is_still_seen_to_leave() -> None:
+    connection = Connection()
+    await connection.take(HEAD + b"Content-Length: 0\r\n\r\n")
+    await connection.take(HEAD)
+    reading = [given for given in connection.transport.given if given in ("pause_reading", "resume_reading")]
+    assert reading[-2:] == ["pause_reading", "resume_reading"]
+    await connection.take(b"a" * (2**16 - len(HEAD)))
+    assert not connection.transport.is_closing()
+    await connection.take(b"a")  # at most so much of it
+    assert connection.transport.given[-1] == "abort"
+    connection.protocol.connection_lost(None)
+
+
+@pytest.mark.parametrize("bad", [b"zzz\r\n", b"no request\r\n\r\n"])
+@alone
+async def test_what_is_no_http_ends_its_connection_and_is_no_error_of_the_server(bad: bytes) -> None:
+    connection = Connection(answers=True)
+    if bad.startswith(b"z"):  # in a body that was answered before
+        await connection.take(HEAD + b"Transfer-Encoding: chunked\r\n\r\n")
+    await connection.take(bad)
+    assert connection.transport.is_closing()
+    if not bad.startswith(b"z"):
+        assert connection.refusal == b"400" and b'{"error": {' in connection.transport.given[0]
+    connection.protocol.connection_lost(None)
+
+
 @pytest.mark.parametrize("together", [True, False])
 @alone
 async def test_a_request_that_comes_with_the_last_one_has_its_seconds_too(together: bool) -> None:
@@ -641,8 +725,11 @@ def test_a_drained_server_ends_whatever_is_stuck(what: str, code: int) -> None:
         connection = fake.send(CHAT, {"messages": [{"role": "user", "content": "stuck"}], "max_tokens": 20})
         time.sleep(0.5)
         fake.process.send_signal(signal.SIGTERM)
-        assert fake.process.wait(30) == code
+        answer = connection.getresponse()
+        assert answer.status == 503 and json.load(answer)["error"]["message"].startswith("the server ends; ")
         connection.close()
+        assert fake.process.wait(30) == code
+        assert "Traceback" not in fake.process.communicate()[1]
     assert Limits.drain + 5 < 30
 
 
