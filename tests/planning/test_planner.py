@@ -12,6 +12,7 @@ import sys
 import types
 from typing import Any
 
+import jax
 import pytest
 from absl import flags
 from rich.console import Console
