@@ -194,7 +194,8 @@ def meant_argument(argument: str, known: Sequence[str]) -> str:
     file = argument.partition(":")[0]
     may = {
         "config": file in list_shipped() or file.endswith((".py", "config.json")),
-        "text_file": file.endswith(_TEXTS),
+        "text_file": file.endswith(_TEXTS[:2]),
+        "sources": file.endswith(_TEXTS),
         "config.data.source": file.endswith(_TEXTS) and "config" in known,
         "workdir": "/" in file and " " not in file,
         "prompt": " " in argument,

@@ -7,6 +7,7 @@ from absl import flags
 
 from bigmac_jax.commands import cli
 from bigmac_jax.config import Config, ConfigError, with_mesh, with_overrides
+from bigmac_jax.config.reads import evaluation_notes
 from bigmac_jax.config.section import all_field_types
 from bigmac_jax.data.tokenizer import Tokenizer
 from bigmac_jax.inference import Generator
@@ -80,7 +81,8 @@ def enter_mesh(config: Config, speculate: Speculation) -> Config:
     config = with_resident(config, _RESIDENT_LAYERS.value, _RESIDENT_EXPERTS.value)
     with_overrides(config, [f"execution.exchange={_EXCHANGE.value}"])  # which the run's other settings may not go with
     check_length("max_length", _MAX_LENGTH.value, config)
-    check_resident(config, cli.enter_mesh(config, fit_batch=False))
+    check_resident(config, mesh := cli.enter_mesh(config, fit_batch=False))
+    cli.warn(evaluation_notes(config, cli.given_fields(), mesh.shape["data"]))
     speculate.check(config)
     return config
 

@@ -156,7 +156,7 @@ def _open_texts(trained: Trained) -> Streams:
 def _score_tasks(trained: Trained, jobs: list[Job]) -> Outcome:
     workdir, _, tokenizer, length, rows = trained
     step, identity = find_checkpoint(workdir, _STEP.value)
-    model = _read_model(trained, str(step))
+    model = _restore(trained, str(step))
     folder = workdir / "tasks" / str(step)
     summaries = score_jobs(jobs, model, tokenizer, folder, identity, length, rows, _STRIDE.value, _is_quiet())
     return describe_scores(summaries), {"step": step, "tasks": summaries}
@@ -165,7 +165,8 @@ def _score_tasks(trained: Trained, jobs: list[Job]) -> Outcome:
 def _score_texts(trained: Trained, streams: Streams) -> Outcome:
     workdir, config, _, length, rows = trained
     hosts.check_same({f"the text of {name}": stream.text[:12] for name, stream in streams.items()})
-    model = _read_model(trained, _STEP.value)
+    model = _restore(trained, _STEP.value)
+    model = hold(config, model) if is_resident(config) else model
     if has_own_sources(config, _SOURCES.value) if _SOURCES.value else not _TEXT_FILE.value:
         say_data_place(workdir, config, _SPLIT.value)
     documents = _DOCUMENTS.value or config.data.documents
@@ -182,11 +183,9 @@ def _score_texts(trained: Trained, streams: Streams) -> Outcome:
     return [f"{name}, {how}: {score.describe()}"], score._asdict() | {"documents": documents}
 
 
-def _read_model(trained: Trained, step: str) -> Transformer:
+def _restore(trained: Trained, step: str) -> Transformer:
     with Waiting("reading the model", _is_quiet()):
-        resident = is_resident(trained.config)
-        model = restore(trained.workdir, step, trained.config, in_host=resident)[1]
-        return hold(trained.config, model) if resident else model
+        return restore(trained.workdir, step, trained.config, in_host=is_resident(trained.config))[1]
 
 
 def _is_quiet() -> bool:

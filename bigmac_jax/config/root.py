@@ -177,8 +177,8 @@ class Config(Section):
         """Tuning needs a model to begin with, and leaves alone what it freezes."""
         model, tuning, begins = self.model, self.tuning, bool(self.train.init_from)
         if model.is_moe and (frozen := tuning.frozen_router):
-            require(model.balance != "quantile", f"model.balance=quantile moves the router's bias, and {frozen} leaves the router alone; use balance=bias with balance_bias_rate=0")  # fmt: skip
-            require(not (model.balance == "bias" and model.balance_bias_rate), f"model.balance_bias_rate={model.balance_bias_rate:g} moves the router's bias, and {frozen} leaves the router alone; use balance_bias_rate=0")  # fmt: skip
+            require(model.balance != "quantile", f"model.balance=quantile moves the router's bias, and {frozen} leaves that alone; use balance=bias with balance_bias_rate=0")  # fmt: skip
+            require(not (model.balance == "bias" and model.balance_bias_rate), f"model.balance_bias_rate={model.balance_bias_rate:g} moves the router's bias, and {frozen} leaves that alone; use balance_bias_rate=0")  # fmt: skip
         if rank := tuning.lora_rank:
             require(begins, f"tuning.lora_rank={rank} adapts a model; say which: train.init_from")
             smallest = min(model.wire_size, model.hidden_size)

@@ -21,7 +21,7 @@ from bigmac_jax.data.conversations import Conversations
 from bigmac_jax.data.corpus import MIXTURE, configs_by_source, open_documents
 from bigmac_jax.data.documents import decode, log_once
 from bigmac_jax.data.encoding import Counts, encode_stream
-from bigmac_jax.data.kinds import Kind, check_content
+from bigmac_jax.data.kinds import Kind, check_content, guess_kind
 from bigmac_jax.data.mixed_stream import Mixture
 from bigmac_jax.data.packing import PackedDocuments, PackedWindows
 from bigmac_jax.data.token_cache import CachedStream, JoinedStream, MemoryStream, TokenStream, open_cached_stream
@@ -85,6 +85,9 @@ def text_stream(text_or_path: str | pathlib.Path, tokenizer: Tokenizer) -> Memor
         except storage.errors() as error:
             fix = missing_place_fix(name, "give the path of a text file", hub="")
             raise ConfigError(f"{name} cannot be read ({storage.reason(error)}); {fix}") from None
+        if (kind := guess_kind(pathlib.Path(name))) not in (None, Kind("txt")):
+            ending = ".".join(filter(None, kind))
+            raise ConfigError(f"{name} is no plain text, but .{ending}, whose documents --sources={name} scores")
         check_content(pathlib.Path(name), Kind("txt"), content)
         content = content.removeprefix(codecs.BOM_UTF8)
     text, whole = decode(content)

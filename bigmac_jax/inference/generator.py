@@ -130,6 +130,7 @@ class Generator:
         prompts: Sequence[Prompt | Request],
         on_done: Callable[[int, Completion], None] | None = None,
         first: int = 0,
+        may_overflow: bool = False,
         **sampling: Any,
     ) -> list[Completion]:
         """Completes each prompt.
@@ -137,6 +138,7 @@ class Generator:
         Args:
           on_done: called with the number of a prompt and its completion as soon as that has ended.
           first: number of the first prompt, if earlier calls had those before it; random draws depend on numbers.
+          may_overflow: a completion where the model's activations overflow ends there, with finish_reason `BROKEN`.
           **sampling: fields of `Sampling`, for prompts that are no `Request`.
 
         Raises:
@@ -144,7 +146,7 @@ class Generator:
             model's activations overflow.
         """
         jobs = self._make_jobs(prompts, sampling, first)
-        for step in self._run(jobs):
+        for step in self._run(jobs, may_overflow):
             if step.reason and on_done:
                 on_done(step.job.number, _completion(step.job))
         return list(map(_completion, jobs))
@@ -230,7 +232,7 @@ class Generator:
         pairs = zip(encoded, requests, strict=True)
         return [self.job(ids, request.sampling, number) for number, (ids, request) in enumerate(pairs, first)]
 
-    def _run(self, jobs: Sequence[Job]) -> Iterator[Step]:
+    def _run(self, jobs: Sequence[Job], may_overflow: bool = False) -> Iterator[Step]:
         if not jobs:
             return
         engine = self.engine(self.batch_size, jobs)
@@ -241,7 +243,7 @@ class Generator:
             for step in engine.step():
                 number, token = step.job.number + 1, len(step.job.text.tokens) + 1
                 require(
-                    step.reason != BROKEN,
+                    may_overflow or step.reason != BROKEN,
                     f"prompt {number}: the model gives NaN for token {token}, for its activations overflow; use "
                     f"--weights=float32 with execution.dtype=float32, or another checkpoint",
                 )

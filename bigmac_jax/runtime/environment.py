@@ -37,14 +37,11 @@ GPU_MEMORY = 0.94
 _DEVICE_FILES = ("/dev/nvidia[0-9]*", "/dev/accel*", "/dev/vfio/[0-9]*")
 
 # option → (value, kinds of device (platform, or device_kind), reason with its figure)
-_GATHERS_IN_FUSIONS = (
-    "Gathers of parameters are carried in fusions beside products; without it none overlaps with anything. "
-    "Qwen3-30B-A3B sharded over 32 chips, 4,096 tokens a chip, by the compiler's estimates: v6e 1.64 s a step instead "
-    "of 1.85 (with the sums below), v5p 1.73 instead of 1.96. With experts over 32 ranks it is as fast (docs/peers.md)."
-)
-_SUMS_ON_SPARSE_CORES = (
-    "Sums of gradients run on the sparse cores, beside anything. Gathers there start too late to gain from it, and v5p "
-    "turns the sums into ones that every rank gets."
+_ON_SPARSE_CORES = (
+    "Gathers of parameters and sums of gradients run on the sparse cores, beside anything; without it none overlaps. "
+    "Qwen3-30B-A3B sharded over 32 chips, 4,096 tokens a chip, by the compiler's estimates: FIGURE "
+    "Not in fusions beside products (xla_tpu_enable_async_collective_fusion_fuse_all_gather): of these libtpu says since "
+    "0.0.50 that on other TPUs than v5e results may be wrong, and compiles none (docs/peers.md)."
 )
 COMPILER_OPTIONS = {
     "xla_tpu_enable_async_all_to_all": (
@@ -56,20 +53,12 @@ COMPILER_OPTIONS = {
     ),
     **dict.fromkeys(
         (
-            "xla_tpu_enable_async_collective_fusion",
-            "xla_tpu_enable_async_collective_fusion_fuse_all_gather",
-            "xla_tpu_enable_async_collective_fusion_multiple_steps",
-            "xla_tpu_overlap_compute_collective_tc",
-            "xla_enable_async_all_gather",
-        ),
-        (True, ("TPU v5", "TPU v5p", "TPU v6 lite"), _GATHERS_IN_FUSIONS),
-    ),
-    **dict.fromkeys(
-        (
+            "xla_tpu_enable_sparse_core_collective_offload_all_gather",
+            "xla_tpu_enable_all_gather_offload_tracing",
             "xla_tpu_enable_sparse_core_collective_offload_reduce_scatter",
             "xla_tpu_enable_reduce_scatter_offload_tracing",
         ),
-        (True, ("TPU v6 lite",), _SUMS_ON_SPARSE_CORES),
+        (True, ("TPU v6 lite",), _ON_SPARSE_CORES),
     ),
     "xla_tpu_enable_sparse_core_collective_offload_ragged_all_to_all": (
         True,

@@ -170,11 +170,16 @@ def file_version(path: pathlib.Path) -> str:
 
 
 def find_files(pattern: pathlib.Path) -> dict[pathlib.Path, int]:
-    """Files that match a pattern, in order → bytes; `**` matches folders at any level."""
+    """Files that match a pattern, in order → bytes; `**` matches folders at any level. As in `list_files`, one that is
+    reached by several links is there once, and a link that leads nowhere has 0 bytes."""
     if is_store(pattern):
         return _file_sizes(pattern, filesystem(pattern).glob(str(pattern), detail=True))
-    found = sorted(map(pathlib.Path, glob.glob(str(pattern), recursive=True)))
-    return {path: path.stat().st_size for path in found if path.is_file()}
+    places: dict[str, list[pathlib.Path]] = {}
+    for path in sorted(map(pathlib.Path, glob.glob(str(pattern), recursive=True))):
+        if path.is_file() or not path.exists():
+            places.setdefault(os.path.realpath(path), []).append(path)
+    found = (min(paths, key=lambda path: str(path.absolute()) != real) for real, paths in places.items())
+    return {path: path.stat().st_size if path.exists() else 0 for path in sorted(found)}
 
 
 def list_files(folder: pathlib.Path) -> dict[pathlib.Path, int]:

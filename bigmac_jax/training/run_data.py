@@ -1,6 +1,7 @@
 """Checks that a run goes on with the text, tokens and chat template of its first start, which run.json records."""
 
 import contextlib
+import dataclasses
 import logging
 import pathlib
 from collections.abc import Iterator, Mapping
@@ -92,8 +93,12 @@ def open_run_stream(workdir: pathlib.Path, config: Config, split: str, tokenizer
       ConfigError: it is not there any more, or holds other text than when the run was trained.
     """
     check_split(workdir, config, split)
+    config = use_saved_template(workdir, config)
+    if f"{split} {_ROWS}" not in read_run_json(workdir)["data"]:  # which the run has never read: nobody mended its rows
+        tuning = dataclasses.replace(config.tuning, bad_rows="skip")
+        return open_stream(dataclasses.replace(config, tuning=tuning), split, tokenizer)
     with rows_of_run(workdir):
-        return open_stream(use_saved_template(workdir, config), split, tokenizer)
+        return open_stream(config, split, tokenizer)
 
 
 @contextlib.contextmanager

@@ -4,6 +4,7 @@ import json
 import os
 import pathlib
 import re
+import shutil
 import subprocess
 import sys
 from typing import Any, NamedTuple
@@ -36,7 +37,7 @@ GOOD = {
     "train": (*TRAIN, "--config.mesh.expert=2", "--config.train.steps", "3"),
     "train again": (*TRAIN, "--config.mesh.expert=2", "--config.train.steps", "3"),
     "eval": (*EVAL, "--json"),
-    "eval file": (*EVAL, "--text_file={folder}/test.jsonl", "--step=best", "--batch_size=3", "--config.mesh.expert=1"),
+    "eval file": (*EVAL, "--text_file={folder}/test.txt", "--step=best", "--batch_size=3", "--config.mesh.expert=1"),
     "eval tasks": (
         *(*EVAL, "--tasks=piqa,{folder}/own.toml", "--task_data=piqa={folder}/piqa.jsonl", "--limit=2"),
         *("--length=40", "--stride=8", "--config.mesh.expert=1"),
@@ -161,6 +162,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
     (folder / "empty.txt").write_text(" \n")
     rows = [{"goal": "see", "sol1": "look", "sol2": "listen", "label": label} for label in (0, 1, 0)]
     (folder / "piqa.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    shutil.copy(folder / "test.jsonl", folder / "test.txt")
     (folder / "own.toml").write_text('kind = "perplexity"\nsource = "test.jsonl"\ntext = "t"\n[columns]\nt = "text"\n')
     (folder / "notebook.py").write_text(NOTEBOOK)
     return folder
@@ -251,7 +253,7 @@ def test_eval_prints_json(outcomes: dict[str, Outcome], folder: pathlib.Path) ->
 def test_eval_of_a_file_on_another_mesh(outcomes: dict[str, Outcome], folder: pathlib.Path) -> None:
     code, out, err = outcomes["eval file"]
     assert code == 0, err
-    score, size = json.loads(out.splitlines()[-1]), (folder / "test.jsonl").stat().st_size
+    score, size = json.loads(out.splitlines()[-1]), (folder / "test.txt").stat().st_size
     assert list(score) == KEYS and score["bytes"] == size
     assert f"perplexity {score['perplexity']:.3f}" in out
 

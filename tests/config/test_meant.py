@@ -154,6 +154,7 @@ def test_flags_of_others(command: str, flag: str, said: str) -> None:
         ("train", "my.py", "did you mean --config=my.py?"),
         ("train", "mine.jsonl", "did you mean --config.data.source=mine.jsonl?"),
         ("eval", "mine.txt", "did you mean --text_file=mine.txt?"),
+        ("eval", "mine.jsonl", "did you mean --sources=mine.jsonl?"),
         ("generate", "Once upon", "did you mean --prompt='Once upon'?"),
         ("train", "model.top_k=4", "did you mean --config.model.top_k?"),
         ("train", "zzzz", "see --help"),

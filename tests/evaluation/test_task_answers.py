@@ -20,6 +20,7 @@ from bigmac_jax.evaluation.tasks.examples import Example, build_examples
 from bigmac_jax.evaluation.tasks.scores import judge, macro_f1, summarise
 from bigmac_jax.evaluation.tasks.task_answers import Prompt, write_answers
 from bigmac_jax.evaluation.tasks.task_jobs import describe_scores, flatten_scores, open_jobs
+from bigmac_jax.inference.text import BROKEN
 
 CONFIG = Config(data=DataConfig(tokenizer="bytes", sequence_length=64))
 
@@ -82,6 +83,11 @@ def test_an_answer_ends_where_the_chat_template_ends_it(tmp_path: pathlib.Path) 
         assert job.prompts[0].sampling.stop == expected
 
 
+def test_rows_are_given_once(tmp_path: pathlib.Path) -> None:
+    with pytest.raises(ConfigError, match="--task_data gives piqa twice, a and b; put all rows into one file"):
+        open_jobs(["piqa"], ["piqa=a", "piqa=b"], 0, CONFIG, ByteTokenizer(), 64)
+
+
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
@@ -89,6 +95,7 @@ def test_an_answer_ends_where_the_chat_template_ends_it(tmp_path: pathlib.Path) 
         ({"max_tokens": 0}, "needs one prompt, and max_tokens of at least 1"),
         ({"max_tokens": 64}, "max_tokens=64 must be below the 64 tokens of the model"),
         ({"chat": 1}, "chat=1 must be true or false"),
+        ({"kind": ["generate"]}, r"kind=\['generate'\] must be one of"),
         ({"answer": "z"}, "there is no 'z'"),
     ],
 )
@@ -155,10 +162,14 @@ def test_answers_are_judged_in_the_order_of_their_prompts(monkeypatch: pytest.Mo
         def __init__(self, *given: Any) -> None:
             made.append(given)
 
-        def generate(self, prompts: list[Prompt], on_done: Any) -> list[Any]:
+        def generate(self, prompts: list[Prompt], on_done: Any, may_overflow: bool) -> list[Any]:
+            assert may_overflow  # of one prompt, which must not end a training run
             for number in reversed(range(len(prompts))):
                 on_done(number, None)
-            return [SimpleNamespace(text=f"{prompt.prompt[0]}") for prompt in prompts]
+            ends = {"9": BROKEN}
+            return [
+                SimpleNamespace(text=a, finish_reason=ends.get(a, "stop")) for a in (f"{p.prompt[0]}" for p in prompts)
+            ]
 
     monkeypatch.setattr(task_answers, "Generator", Generator)
     monkeypatch.setattr(task_answers, "Progress", progress)
@@ -168,7 +179,9 @@ def test_answers_are_judged_in_the_order_of_their_prompts(monkeypatch: pytest.Mo
     rows = write_answers(model, tokenizer, examples, prompts, ("exact_match",), 64, 5, True)  # type: ignore[arg-type]
     assert made == [(CONFIG, model, 64, 5, tokenizer)]
     assert bars == [["completions", 3, "prompt", True], *["one more"] * 3]
-    assert [row["exact_match"] for row in rows] == [1, 0, 1] and rows[1] == judge_answer("8", ("x",), ("exact_match",))
+    assert [row["exact_match"] for row in rows] == [1, 0, 0] and rows[1] == judge_answer("8", ("x",), ("exact_match",))
+    assert rows[2]["prediction"] == "" and summarise("generate", rows)["not_finite"] == 1
+    assert "not_finite" not in summarise("generate", rows[:2])
     with pytest.raises(ValueError, match="zip"):
         write_answers(model, tokenizer, examples[:2], prompts, (), 64, 5, True)  # type: ignore[arg-type]
 

@@ -2,6 +2,7 @@
 goes beside it and however many layers the ring holds."""
 
 import dataclasses
+import pathlib
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,6 +12,8 @@ import pytest
 from model.tools import on_mesh, random_model, random_tokens, split_tokens, tiny
 
 from bigmac_jax.config import Config, ConfigError
+from bigmac_jax.data.tokenizer import ByteTokenizer
+from bigmac_jax.evaluation.tasks.task_jobs import open_jobs, score_jobs
 from bigmac_jax.inference import Generator, Speculation
 from bigmac_jax.inference.int8_weights import Int8
 from bigmac_jax.model.resident import (
@@ -133,6 +136,24 @@ def assert_evaluates_as_on_the_device(config: Config, tolerance: float) -> Any:
     np.testing.assert_allclose(found, expected, atol=tolerance * np.abs(expected).max())
     np.testing.assert_array_equal(of_held.load, of_plain.load)
     return of_plain
+
+
+def test_a_task_is_answered_and_scored_with_experts_in_host_memory(tmp_path: pathlib.Path) -> None:
+    """Of one command: what writes holds the model itself, what scores is given a held one."""
+    (tmp_path / "rows.jsonl").write_text('{"q": "1", "a": "2"}')
+    written = 'kind = "generate"\nprompt = "{q} ="\nanswer = "{a}"\nmax_tokens = 2\n'
+    for name, fields in (("written", written), ("text", 'kind = "perplexity"\ntext = "q"\n')):
+        columns = 'source = "rows.jsonl"\n[columns]\nq = "q"\na = "a"'
+        (tmp_path / f"{name}.toml").write_text(fields + columns)
+    config, found = config_of("one by one"), list[dict[str, Any]]()
+    for layers in (0, 1):
+        with on_mesh(config):
+            given = random_model(with_resident(config, layers))
+            names = [str(tmp_path / f"{name}.toml") for name in ("written", "text")]
+            jobs = open_jobs(names, [], 0, config, ByteTokenizer(), LENGTH)
+            found.append(score_jobs(jobs, given, ByteTokenizer(), tmp_path / str(layers), "", LENGTH, 1))
+    assert found[1]["written"] == found[0]["written"]
+    assert found[1]["text"]["perplexity"] == pytest.approx(found[0]["text"]["perplexity"], rel=1e-5)
 
 
 def test_the_order_of_layers() -> None:

@@ -510,7 +510,7 @@ def test_options_of_the_compiler() -> None:
     values = {row["name"]: row["value"] for row in found}
     assert (values.pop("xla_tpu_enable_async_all_to_all"), values.pop("xla_mine")) == (False, 3)
     assert values and all(value is True for value in values.values())  # of v6e
-    assert shown(made).count("Gathers of parameters are carried in fusions") == 1
+    assert shown(made).count("Gathers of parameters and sums of gradients run on") == 1
     plain = make_plan(load_config("qwen3_30b"), Request(devices=32, hardware="h100", options=True))
     (row,) = plain["compiler_options"]
     dropless = ["execution.exchange=auto", "model.capacity_factor=inf", "mesh.expert=8", "data.batch_size=64"]

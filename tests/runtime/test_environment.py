@@ -13,19 +13,14 @@ from bigmac_jax.runtime import environment
 from bigmac_jax.runtime.environment import compiler_options
 
 ASYNC = {"xla_tpu_enable_async_all_to_all": True}
-GATHERS = {  # of parameters, beside products
-    "xla_tpu_enable_async_collective_fusion": True,
-    "xla_tpu_enable_async_collective_fusion_fuse_all_gather": True,
-    "xla_tpu_enable_async_collective_fusion_multiple_steps": True,
-    "xla_tpu_overlap_compute_collective_tc": True,
-    "xla_enable_async_all_gather": True,
-}
-SPARSE_CORES = {  # sums of gradients, and ragged exchanges
+SPARSE_CORES = {  # gathers of parameters, sums of gradients, and ragged exchanges
+    "xla_tpu_enable_sparse_core_collective_offload_all_gather": True,
+    "xla_tpu_enable_all_gather_offload_tracing": True,
     "xla_tpu_enable_sparse_core_collective_offload_reduce_scatter": True,
     "xla_tpu_enable_reduce_scatter_offload_tracing": True,
     "xla_tpu_enable_sparse_core_collective_offload_ragged_all_to_all": True,
 }
-V5P, V6E = ASYNC | GATHERS, ASYNC | GATHERS | SPARSE_CORES
+V6E = ASYNC | SPARSE_CORES
 FUSION = {"xla_tpu_multi_output_fusion_limit": 3}
 LIMIT = {"xla_gpu_memory_limit_slop_factor": 190}
 HIDING = {"xla_gpu_enable_latency_hiding_scheduler": True}
@@ -49,8 +44,7 @@ def test_a_checkout_and_a_wheel_have_the_same_code(tmp_path: pathlib.Path, monke
 @pytest.mark.parametrize(
     ("platform", "kinds", "always", "in_chunks", "ragged"),
     [
-        ("tpu", ("TPU v4", "TPU7x"), ASYNC, FUSION, ASYNC),
-        ("tpu", ("TPU v5", "TPU v5p"), V5P, FUSION, V5P),
+        ("tpu", ("TPU v4", "TPU v5", "TPU v5p", "TPU7x"), ASYNC, FUSION, ASYNC),
         ("tpu", ("TPU v6 lite",), V6E, FUSION, V6E),
         ("tpu", ("TPU v5 lite", "TPU v3"), {}, {}, {}),
         ("gpu", ("NVIDIA H100 80GB HBM3",), HIDING, SPLIT, {}),

@@ -186,7 +186,7 @@ def test_a_routers_bias_stays() -> None:
     """Whatever moves it: the fix that adapters name for model.balance=quantile is no other model."""
     before = load_config("tiny", ["model.balance=quantile"])
     adapters = ["train.init_from=there", "tuning.lora_rank=4"]
-    with pytest.raises(ConfigError, match="leaves the router alone; use balance=bias with balance_bias_rate=0"):
+    with pytest.raises(ConfigError, match="leaves that alone; use balance=bias with balance_bias_rate=0"):
         with_overrides(before, adapters)
     now = with_overrides(before, [*adapters, "model.balance=bias", "model.balance_bias_rate=0"])
     origin = Pretrained("there", "4", "", before)

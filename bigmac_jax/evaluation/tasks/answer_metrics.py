@@ -100,7 +100,8 @@ def summarise_answers(rows: Sequence[dict[str, Any]]) -> Summary:
         score = getattr(load_library(metric), f"corpus_{metric}")
         predictions = [row["prediction"].strip() for row in rows]
         summary |= {metric: score(predictions, by_place).score / 100, f"{metric}_stderr": None}  # it counts to 100
-    return summary | {"rows": len(rows)}
+    not_finite = sum(row.get("overflows", False) for row in rows)
+    return summary | {"rows": len(rows)} | ({"not_finite": not_finite} if not_finite else {})
 
 
 def mean(name: str, values: Sequence[float]) -> Summary:

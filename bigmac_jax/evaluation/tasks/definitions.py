@@ -87,7 +87,7 @@ def load_task(name_or_path: str) -> Task | Needle:
         )
     values = {"name": path.stem} | _read(path)
     kind = values.get("kind")
-    if kind not in _NEEDED:
+    if not (isinstance(kind, str) and kind in _NEEDED):
         raise ConfigError(f"{path.name}: kind={kind!r} must be one of {', '.join(_NEEDED)}")
     cls: type[Task | Needle] = Needle if kind == "needle" else Task
     types = {field.name: field.type for field in dataclasses.fields(cls)}

@@ -12,6 +12,7 @@ from bigmac_jax.evaluation.tasks.examples import Example
 from bigmac_jax.inference.generator import Generator
 from bigmac_jax.inference.generator import Request as Prompt
 from bigmac_jax.inference.sampling import Sampling
+from bigmac_jax.inference.text import BROKEN
 from bigmac_jax.model.transformer import Transformer
 from bigmac_jax.runtime.progress import Progress
 
@@ -53,11 +54,14 @@ def write_answers(
     batch_size: int,
     quiet: bool,
 ) -> list[dict[str, Any]]:
-    """Lets the model write an answer to each prompt, greedily, and judges it → a row for each example."""
+    """Lets the model write an answer to each prompt, greedily, and judges it → a row for each example. Where its
+    activations overflow, there is none."""
     generator = Generator(model.config, model, length, batch_size, tokenizer)
     with Progress("completions", len(prompts), "prompt", silent=quiet) as bar:
-        completions = generator.generate(prompts, on_done=lambda number, completion: bar.update())
-    return [
-        judge_answer(completion.text, example.references, metrics)
-        for completion, example in zip(completions, examples, strict=True)
-    ]
+        completions = generator.generate(prompts, on_done=lambda number, completion: bar.update(), may_overflow=True)
+    rows = []
+    for completion, example in zip(completions, examples, strict=True):
+        overflows = completion.finish_reason == BROKEN  # what was written before is no answer
+        row = judge_answer("" if overflows else completion.text, example.references, metrics)
+        rows.append(row | ({"overflows": True} if overflows else {}))
+    return rows

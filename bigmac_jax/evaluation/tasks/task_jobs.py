@@ -1,5 +1,6 @@
 """Scores a model on tasks: rows → examples → requests → log-likelihoods or answers → summaries."""
 
+import functools
 import hashlib
 import logging
 import pathlib
@@ -17,6 +18,7 @@ from bigmac_jax.evaluation.tasks.scores import Summary, judge, summarise
 from bigmac_jax.evaluation.tasks.task_answers import Prompt, encode_prompts, write_answers
 from bigmac_jax.evaluation.tasks.task_rows import read_rows
 from bigmac_jax.model.mesh import platform
+from bigmac_jax.model.resident import hold, is_resident
 from bigmac_jax.model.transformer import Transformer
 from bigmac_jax.runtime import hosts, storage
 
@@ -68,6 +70,8 @@ def open_jobs(
         name, _, path = entry.partition("=")
         if name not in tasks or not path:
             raise ConfigError(f"--task_data={entry} must be NAME=PATH, with a name of --tasks={','.join(tasks)}")
+        if name in paths:
+            raise ConfigError(f"--task_data gives {name} twice, {paths[name]} and {path}; put all rows into one file")
         paths[name] = path
     jobs = []
     for name, task in tasks.items():
@@ -121,6 +125,7 @@ def score_jobs(
     needle.png.
 
     Args:
+      model: with all its arrays, also where some of its layers or experts are to stay in host memory.
       identity: of the model, such as a digest of its checkpoint; scores of another one in `folder` are not used.
       stride: of the windows of perplexity tasks (`loglikelihood.cut_windows`).
       quiet: no progress bars.
@@ -132,7 +137,7 @@ def score_jobs(
         hosts.check_same({f"the rows of {job.task.name}": hosts.digest((job.requests, job.prompts)) for job in jobs})
     computed = f"{_VERSION} {identity} {platform()} {model.config.execution}"
     model_key = hashlib.sha256(computed.encode()).hexdigest()[:16]
-    summaries = {}
+    held, summaries = functools.cache(lambda: hold(model.config, model) if is_resident(model.config) else model), {}
     for job in jobs:
         task, examples, requests, prompts = job
         if isinstance(task, Task) and task.kind == "generate":
@@ -141,7 +146,7 @@ def score_jobs(
             log = ScoreLog(folder / f"{task.name}.windows.jsonl", model_key)
             overlap = stride if task.kind == "perplexity" else 0
             title = "" if quiet else task.name
-            results = iter(score_requests(model, requests, length, batch_size, overlap, log, title))
+            results = iter(score_requests(held(), requests, length, batch_size, overlap, log, title))
             log.close()
             rows = [judge(task.kind, example, [next(results) for _ in example.pairs]) for example in examples]
         summaries[task.name] = summarise(task.kind, rows)

@@ -253,6 +253,14 @@ def test_paths_of_a_disk(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
     assert storage.list_folder(tmp_path / "no") == storage.list_folder(tmp_path / "a.txt") == []
     assert storage.find_files(tmp_path / "**" / "c*") == {tmp_path / "b" / "c.txt": 5}
     assert storage.find_files(tmp_path / "*") == {tmp_path / "a.txt": 5}  # and no folder
+    (tmp_path / "b" / "a.txt").symlink_to(tmp_path / "a.txt")
+    (tmp_path / "a").symlink_to(tmp_path / "b")
+    (tmp_path / "b" / "self").symlink_to(tmp_path / "b")
+    assert storage.find_files(tmp_path / "**" / "*.txt") == {tmp_path / "a.txt": 5, tmp_path / "b" / "c.txt": 5}
+    (tmp_path / "b" / "gone.txt").symlink_to(tmp_path / "gone")
+    assert storage.find_files(tmp_path / "b" / "g*") == {tmp_path / "b" / "gone.txt": 0}
+    for link in ("a", "b/a.txt", "b/self", "b/gone.txt"):
+        (tmp_path / link).unlink()
     assert storage.file_size(tmp_path / "a.txt") == 5
     assert storage.file_version(tmp_path / "a.txt") == str((tmp_path / "a.txt").stat().st_mtime_ns)
     with storage.local_folder(tmp_path / "b") as folder, storage.local_file(folder / "c.txt") as file:
