@@ -39,8 +39,8 @@ _DEVICE_FILES = ("/dev/nvidia[0-9]*", "/dev/accel*", "/dev/vfio/[0-9]*")
 # option → (value, kinds of device (platform, or device_kind), reason with its figure)
 _ON_SPARSE_CORES = (
     "Gathers of parameters and sums of gradients run on the sparse cores, beside anything. Qwen3-30B-A3B sharded over "
-    "32 chips, 4,096 tokens a chip, by the compiler's estimates: 1.66 s a step instead of 1.85 with libtpu 0.0.42, 1.58 "
-    "with 0.0.50. Gathers in fusions beside products (xla_tpu_enable_async_collective_fusion_fuse_all_gather) took 1.58 with "
+    "32 chips, 4,096 tokens a chip, by the compiler's estimates: 1.66 s a step instead of 1.85 with libtpu 0.0.42, "
+    "1.58 with 0.0.50. Gathers in fusions beside products (…_async_collective_fusion_fuse_all_gather) took 1.58 with "
     "the former; the latter refuses them but on v5e, where alone they are safe (docs/peers.md)."
 )
 COMPILER_OPTIONS = {
