@@ -11,7 +11,7 @@ import jax
 from absl import flags
 
 from bigmac_jax.commands import cli
-from bigmac_jax.config import ConfigError, strict_json
+from bigmac_jax.config import Config, ConfigError, strict_json
 from bigmac_jax.config.reading import load_with_base
 from bigmac_jax.config.reads import notes
 from bigmac_jax.model.resident import with_resident
@@ -89,6 +89,7 @@ def main() -> None:
         compare=_COMPARE.value,
         scale=_SCALE.value,
     )
+    cli.warn(_unread(config, request))
     result = planner.make_plan(config, request)
     if _JSON.value:
         print(strict_json(result))
@@ -96,3 +97,15 @@ def main() -> None:
         report.show(result)
     if _PLOT.value:
         pictures.draw(result, plot)
+
+
+def _unread(config: Config, request: Request) -> list[str]:
+    """A line of each flag that changes nothing beside the others."""
+    found = []
+    varied = any("capacity_factor" in value for value in request.sweep)
+    if request.imbalance and config.model.is_moe and not (config.dropless or varied):
+        most = f"model.capacity_factor={config.model.capacity_factor:g} is the most that any expert computes"
+        found.append(f"set, but not read: --imbalance ({most})")
+    if request.headroom != Request().headroom and not (request.search or request.scale):
+        found.append("set, but not read: --headroom (of --search and --scale)")
+    return found

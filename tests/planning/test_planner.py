@@ -474,6 +474,17 @@ def test_a_picture_that_cannot_be_drawn_loses_no_json(
         assert bool(capsys.readouterr().out) == printed
 
 
+def test_flags_that_change_nothing_are_named(command: Any) -> None:
+    config, unread = load_config("paper/gpt3_xl"), command("plan")._unread  # of a finite capacity
+    assert unread(config, Request()) == []
+    (line,) = unread(config, Request(imbalance="1.5"))
+    assert line.startswith("set, but not read: --imbalance (model.capacity_factor=")
+    assert unread(config, Request(imbalance="1.5", sweep=("capacity_factor=1.25,inf",))) == []
+    dropless = load_config("paper/gpt3_xl", ["model.capacity_factor=inf"])
+    assert unread(dropless, Request(imbalance="1.5", search=True, headroom=0.2)) == []
+    assert unread(dropless, Request(headroom=0.2)) == ["set, but not read: --headroom (of --search and --scale)"]
+
+
 @pytest.mark.full
 def test_nonsense_ends_the_command_with_2(tmp_path: pathlib.Path) -> None:
     """A hardware file with a missing field; an argument that belongs to nothing; names of files that cannot be."""
