@@ -194,7 +194,7 @@ def meant_argument(argument: str, known: Sequence[str]) -> str:
     file = argument.partition(":")[0]
     may = {
         "config": file in list_shipped() or file.endswith((".py", "config.json")),
-        "text_file": file.endswith(_TEXTS[:2]),
+        "text_file": file.endswith((".txt", ".md")),
         "sources": file.endswith(_TEXTS),
         "config.data.source": file.endswith(_TEXTS) and "config" in known,
         "workdir": "/" in file and " " not in file,

@@ -165,8 +165,7 @@ def _score_tasks(trained: Trained, jobs: list[Job]) -> Outcome:
 def _score_texts(trained: Trained, streams: Streams) -> Outcome:
     workdir, config, _, length, rows = trained
     hosts.check_same({f"the text of {name}": stream.text[:12] for name, stream in streams.items()})
-    model = _restore(trained, _STEP.value)
-    model = hold(config, model) if is_resident(config) else model
+    model = hold(config, _restore(trained, _STEP.value))
     if has_own_sources(config, _SOURCES.value) if _SOURCES.value else not _TEXT_FILE.value:
         say_data_place(workdir, config, _SPLIT.value)
     documents = _DOCUMENTS.value or config.data.documents

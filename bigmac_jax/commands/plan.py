@@ -106,6 +106,6 @@ def _unread(config: Config, request: Request) -> list[str]:
     if request.imbalance and config.model.is_moe and not (config.dropless or varied):
         most = f"model.capacity_factor={config.model.capacity_factor:g} is the most that any expert computes"
         found.append(f"set, but not read: --imbalance ({most})")
-    if request.headroom != Request().headroom and not (request.search or request.scale):
+    if request.headroom != HEADROOM and not (request.search or request.scale):
         found.append("set, but not read: --headroom (of --search and --scale)")
     return found

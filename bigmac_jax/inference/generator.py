@@ -115,7 +115,7 @@ class Generator:
         self._positions = even if config.model.positions == "learned" else math.inf  # of a text that is scored
         self.vocab_size = config.model.vocab_size
         check_resident(config, self.mesh)
-        self._model = None if consume else hold(config, model) if is_resident(config) else model
+        self._model = None if consume else hold(config, model)
         by_module = speculate.by_module(config)
         gathered = consume and _fits_gathered(config, weights, by_module)
         self._decoder = make_decoder(config, model, exchange, consume, weights, gathered, next_tokens=by_module)

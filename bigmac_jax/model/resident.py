@@ -185,7 +185,10 @@ def order_of_layers(config: Config) -> list[tuple[int, int]]:
 
 def hold(config: Config, model: Any) -> Any:
     """The model with its experts in host memory, as an evaluation computes it; arrays that are there are shared. The
-    model may have been made with other execution.resident_layers and resident_experts."""
+    model may have been made with other execution.resident_layers and resident_experts. The model itself, where all of
+    its experts stay on the device."""
+    if not is_resident(config):
+        return model
     model, execution = copy.copy(model), config.execution
     model.config = with_resident(model.config, execution.resident_layers, execution.resident_experts)
     stacks = [stack.name for stack in config.model.stacks if stack.experts]

@@ -26,7 +26,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from bigmac_jax.config import ConfigError
-from bigmac_jax.runtime import rendezvous, stderr
+from bigmac_jax.runtime import rendezvous, signals, stderr
 
 EXIT_CODE = 3  # of a process that ends because another one failed
 _MESSAGE = 1024  # bytes of a message between processes; a longer one is cut
@@ -151,7 +151,8 @@ def is_first() -> bool:
 def say(line: str, file: TextIO | None = None) -> None:
     """Prints a line once, whatever the number of processes."""
     if is_first():
-        print(line, file=file, flush=True)
+        with signals.tolerate_lost_output(file or sys.stdout):
+            print(line, file=file, flush=True)
 
 
 def is_distributed() -> bool:

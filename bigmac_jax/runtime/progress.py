@@ -9,6 +9,7 @@ from typing import Any
 import tqdm
 
 from bigmac_jax.runtime.clock import clock
+from bigmac_jax.runtime.signals import tolerate_lost_output
 
 _EVERY = 30.0  # seconds between plain lines
 _PATIENCE = 5.0  # seconds of waiting before the first one
@@ -61,7 +62,8 @@ class Progress:
             more = f", {rate:,.0f} a second" if rate >= 10 else f", {rate:.2g} a second"
             more = more if rate >= 1 else f", {1 / rate:,.1f} s each"
             more += f", {(self._total - self._done) / rate:,.0f} s left" if self._done < self._total else ""
-        print(f"{self._title}: {share} {self._unit}s, {seconds:.0f} s{more}", file=sys.stderr, flush=True)
+        with tolerate_lost_output(sys.stderr):
+            print(f"{self._title}: {share} {self._unit}s, {seconds:.0f} s{more}", file=sys.stderr, flush=True)
 
     def __enter__(self) -> "Progress":
         return self

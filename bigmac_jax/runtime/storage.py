@@ -170,8 +170,8 @@ def file_version(path: pathlib.Path) -> str:
 
 
 def find_files(pattern: pathlib.Path) -> dict[pathlib.Path, int]:
-    """Files that match a pattern, in order → bytes; `**` matches folders at any level. As in `list_files`, one that is
-    reached by several links is there once, and a link that leads nowhere has 0 bytes."""
+    """Files that match a pattern, in order → bytes; `**` matches folders at any level. A file that is reached by
+    several links is there once; a link that leads nowhere has 0 bytes."""
     if is_store(pattern):
         return _file_sizes(pattern, filesystem(pattern).glob(str(pattern), detail=True))
     places: dict[str, list[pathlib.Path]] = {}

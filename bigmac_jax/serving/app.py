@@ -53,7 +53,6 @@ class Service:
         self.threads = WorkThreads()
         self._long = 0  # bytes of long requests that have not been read
         self._arriving: set[asyncio.Timeout] = set()  # the time that bodies still have
-        self._over = asyncio.Event()
         self._created = int(time.time())
         self._token_name = functools.lru_cache(1 << 16)(functools.partial(name_token, generator.tokenizer))
 
@@ -80,7 +79,6 @@ class Service:
 
     def end(self) -> None:
         """Ends all requests with the error that says so, those whose body arrives among them."""
-        self._over.set()
         self._worker.end_requests()
         for left in self._arriving:
             if not left.expired():
@@ -122,9 +120,8 @@ class Service:
         if asked.stream:
             return _EventStream(self._events(answer, ticket), lambda: self._end(ticket))
         try:
-            return Response(
-                await _unless_gone(request, self._over, self._whole(answer, ticket)), media_type="application/json"
-            )
+            whole = await _unless_gone(request, self._worker.over, self._whole(answer, ticket))
+            return Response(whole, media_type="application/json")
         finally:
             self._end(ticket)
 
@@ -152,7 +149,7 @@ class Service:
             if self.threads.waiting >= self._worker.capacity:
                 raise self._worker.full(f"{self.threads.waiting} requests wait to be read")
             parse = functools.partial(self._parse, body, chat)
-            return await _unless_gone(request, self._over, self.threads.run(len(body), parse))
+            return await _unless_gone(request, self._worker.over, self.threads.run(len(body), parse))
         finally:
             self._long -= long
 
@@ -167,7 +164,8 @@ class Service:
             raise too_long
         body = bytearray()
         try:
-            async with asyncio.timeout(0 if self._over.is_set() else self._limits.arrival) as left, self._counted(left):
+            arrival = 0 if self._worker.over.is_set() else self._limits.arrival
+            async with asyncio.timeout(arrival) as left, self._counted(left):
                 async for part in request.stream():
                     body += part
                     if len(body) > self._limits.body:
@@ -175,7 +173,7 @@ class Service:
                     if len(body) > SHORT:
                         count_long(min(len(part), len(body) - SHORT))
         except TimeoutError:
-            if self._over.is_set():
+            if self._worker.over.is_set():
                 raise ended() from None
             raise ApiError(408, f"the body did not arrive within {self._limits.arrival:g} s") from None
         return bytes(body)

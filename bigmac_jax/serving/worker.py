@@ -52,7 +52,7 @@ class Worker:
 
     def __init__(self, engine: Engine, limits: Limits, metrics: Metrics, on_failure: Callable[[], object]):
         self.engine, self.limits, self.metrics = engine, limits, metrics
-        self.failed, self.over = False, False
+        self.failed, self.over = False, asyncio.Event()  # set once the server ends
         self._on_failure = on_failure
         self._loop = asyncio.get_running_loop()
         self._inbox: queue.SimpleQueue[_Command | None] = queue.SimpleQueue()
@@ -80,7 +80,7 @@ class Worker:
         """Raises ApiError if there is no room for so many more completions, or the engine has failed."""
         if self.failed:
             raise _failed()
-        if self.over:
+        if self.over.is_set():
             raise ended()
         if len(self._tickets) + completions > self.capacity:
             raise self.full(f"{len(self._tickets)} completions run or wait, and {self.capacity} may")
@@ -106,7 +106,7 @@ class Worker:
 
     def end_requests(self) -> None:
         """Answers what runs or waits with the error that the server ends, and takes nothing more."""
-        self.over = True
+        self.over.set()
         for ticket in set(self._tickets.values()):
             ticket.steps.put_nowait(ended())
             self.cancel(ticket)

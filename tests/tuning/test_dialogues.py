@@ -22,7 +22,14 @@ from bigmac_jax.model.mesh import make_mesh
 from bigmac_jax.run import start
 from bigmac_jax.runtime import hosts
 from bigmac_jax.serving.dialogue import load_dialogue
-from bigmac_jax.training.run_data import chat_files, check_rows, check_template, fingerprint_rows, rows_of_run
+from bigmac_jax.training.run_data import (
+    chat_files,
+    check_rows,
+    check_template,
+    fingerprint_rows,
+    open_run_stream,
+    rows_of_run,
+)
 from bigmac_jax.training.workdir import use_saved_template, write_run
 from bigmac_jax.tuning.pretrained import Pretrained, with_pretrained_chat
 
@@ -230,6 +237,23 @@ def test_rows_that_a_run_has_learned_from_are_not_to_be_mended(tmp_path: pathlib
         open_stream(config, "train", ByteTokenizer())
     assert "'thinking'" in str(told.value) and f"the version of {workdir}/run.json" in str(told.value)
     assert "mend" not in str(told.value) and "bad_rows" not in str(told.value)
+
+
+def test_bad_rows_of_a_split_that_a_run_has_never_read_are_left_out(
+    tmp_path: pathlib.Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """With a line: nobody can have mended them, and the text of the split may not change."""
+    config, workdir = config_of(tmp_path, "bytes"), tmp_path / "run"
+    begun(config, config, ByteTokenizer(), workdir)
+    test = tmp_path / "test.jsonl"
+    test.write_text("".join(json.dumps({"messages": turns}) + "\n" for turns in (TURNS, TURNS[:1])))
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, test_source=str(test)))
+    with pytest.raises(ConfigError), rows_of_run(workdir):
+        open_stream(config, "test", ByteTokenizer())
+    with caplog.at_level("INFO"):
+        found = open_run_stream(workdir, config, "test", ByteTokenizer())
+    assert isinstance(found, Conversations) and len(found.sequences) == 1
+    assert f"1 rows left out: 1 without an answer ({test} line 2)" in caplog.text
 
 
 def test_imports_and_exports_take_them_along(model: pathlib.Path, tmp_path: pathlib.Path) -> None:

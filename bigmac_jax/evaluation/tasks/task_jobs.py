@@ -18,7 +18,7 @@ from bigmac_jax.evaluation.tasks.scores import Summary, judge, summarise
 from bigmac_jax.evaluation.tasks.task_answers import Prompt, encode_prompts, write_answers
 from bigmac_jax.evaluation.tasks.task_rows import read_rows
 from bigmac_jax.model.mesh import platform
-from bigmac_jax.model.resident import hold, is_resident
+from bigmac_jax.model.resident import hold
 from bigmac_jax.model.transformer import Transformer
 from bigmac_jax.runtime import hosts, storage
 
@@ -137,7 +137,7 @@ def score_jobs(
         hosts.check_same({f"the rows of {job.task.name}": hosts.digest((job.requests, job.prompts)) for job in jobs})
     computed = f"{_VERSION} {identity} {platform()} {model.config.execution}"
     model_key = hashlib.sha256(computed.encode()).hexdigest()[:16]
-    held, summaries = functools.cache(lambda: hold(model.config, model) if is_resident(model.config) else model), {}
+    held, summaries = functools.cache(lambda: hold(model.config, model)), {}
     for job in jobs:
         task, examples, requests, prompts = job
         if isinstance(task, Task) and task.kind == "generate":
