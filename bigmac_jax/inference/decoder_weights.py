@@ -58,10 +58,12 @@ def hold_experts(config: Config, stacks: dict[Any, Any], *, consume: bool, weigh
 
 @functools.partial(jax.jit, static_argnums=(1, 2))
 def _gather(w: Array, declaration: Declaration, dtype: str) -> Array:
-    """A parameter, perhaps of stacked layers, split as it is without mesh.fsdp."""
+    """A parameter, perhaps of stacked layers, split as it is without mesh.fsdp, and without the zeros behind it."""
     layers = w.ndim - len(declaration.dims)
     own = declaration.spec(w.shape[layers:], False, jax.sharding.get_abstract_mesh().shape)
-    return jax.sharding.reshard(w.astype(dtype), P(*[None] * layers, *own))
+    whole = jax.sharding.reshard(w.astype(dtype), P(*[None] * layers, *own))
+    shape = declaration.unpadded(w.shape)
+    return whole if w.shape == shape else whole[tuple(map(slice, shape))]
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2, 3, 4))

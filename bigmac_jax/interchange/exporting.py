@@ -21,7 +21,7 @@ from bigmac_jax.interchange.layout import Format, Leaves, Tensor, stored_shapes
 from bigmac_jax.interchange.model_card import Trained
 from bigmac_jax.interchange.tensor_files import DTYPES, Spec, write_json
 from bigmac_jax.model.mesh import replicated_spec
-from bigmac_jax.model.parameters import named_leaves
+from bigmac_jax.model.parameters import declared_leaves
 from bigmac_jax.model.plain_router import plain_router
 from bigmac_jax.model.transformer import Transformer, without_next_tokens
 from bigmac_jax.runtime import hosts, storage
@@ -96,7 +96,7 @@ def export_model(
                          "nemotron_h hold; it is written without", name, config.model.mtp_modules)  # fmt: skip
         config, model = without_next_tokens(config, model)
     config, model = plain_router(config, model)
-    layout, leaves = FORMATS[name], named_leaves(model)
+    layout, leaves = FORMATS[name], declared_leaves(model)
     tensors = list(layout.tensors(config.model, leaves))
     dtypes = {tensor.name: DTYPES["float32"] if tensor.exact else given for tensor in tensors}
     specs = [Spec(stored, shape, dtypes[stored]) for stored, shape in stored_shapes(tensors, leaves).items()]

@@ -27,7 +27,7 @@ from bigmac_jax.interchange.exporting import FORMATS
 from bigmac_jax.interchange.layout import Format, Leaves, Tensor, stored_shapes
 from bigmac_jax.interchange.tensor_files import Checkpoint, Index
 from bigmac_jax.model.mesh import make_mesh, placed
-from bigmac_jax.model.parameters import leaf_name, named_leaves
+from bigmac_jax.model.parameters import declared_leaves, leaf_name
 from bigmac_jax.model.transformer import Transformer, init_model
 from bigmac_jax.runtime import hosts, storage
 from bigmac_jax.runtime.workdir_lock import lock_workdir
@@ -61,13 +61,14 @@ def import_model(directory: str | pathlib.Path, overrides: Sequence[str] = ()) -
         mesh = make_mesh(config, fit_batch=False)
         jax.set_mesh(mesh)
     abstract = placed(jax.eval_shape(lambda key: init_model(config, key), jax.random.key(0)), mesh)
+    leaves = declared_leaves(abstract)
     with hosts.raise_together():
-        tensors = _match_tensors(layout, config, named_leaves(abstract), checkpoint)
+        tensors = _match_tensors(layout, config, leaves, checkpoint)
     parts: dict[str, dict[int | None, list[Tensor]]] = defaultdict(lambda: defaultdict(list))
     for tensor in tensors:
         parts[tensor.leaf][tensor.layer].append(tensor)
     model = jax.tree_util.tree_map_with_path(
-        lambda path, leaf: _read_leaf(leaf, parts[leaf_name(path)], checkpoint), abstract
+        lambda path, leaf: _read_leaf(leaves[name := leaf_name(path)].shape, leaf, parts[name], checkpoint), abstract
     )
     if (left_out := checkpoint.left_out) and hosts.is_first():
         _log.warning(
@@ -240,28 +241,40 @@ def _match_tensors(layout: Format, config: Config, leaves: Leaves, checkpoint: C
     return [tensor for tensor in tensors if tensor.name in checkpoint]
 
 
-def _read_leaf(abstract: Any, parts: dict[int | None, list[Tensor]], checkpoint: Checkpoint) -> Array:
-    """Reads a parameter onto its devices; one of stacked layers is filled layer by layer."""
+def _read_leaf(
+    shape: tuple[int, ...], abstract: Any, parts: dict[int | None, list[Tensor]], checkpoint: Checkpoint
+) -> Array:
+    """Reads a parameter of `shape` onto its devices; one of stacked layers is filled layer by layer."""
     sharding = abstract.sharding
     if None in parts:
-        return _place(abstract.shape, sharding, parts[None], checkpoint)
+        return _place(shape, abstract, parts[None], checkpoint)
     own = NamedSharding(sharding.mesh, P(*sharding.spec[1:]))
+    of_layer = jax.ShapeDtypeStruct(abstract.shape[1:], abstract.dtype, sharding=own)
     value = _zeros(abstract.shape, abstract.dtype, sharding.spec)
     for layer, tensors in parts.items():
-        value = _set_layer(value, _place(abstract.shape[1:], own, tensors, checkpoint), layer)
+        value = _set_layer(value, _place(shape[1:], of_layer, tensors, checkpoint), layer)
     return value
 
 
-def _place(shape: tuple[int, ...], sharding: Any, tensors: list[Tensor], checkpoint: Checkpoint) -> Array:
-    """Reads an array onto its devices, each of which reads its own part."""
+def _place(shape: tuple[int, ...], like: Any, tensors: list[Tensor], checkpoint: Checkpoint) -> Array:
+    """Reads an array of `shape` onto its devices, each of which reads its own part; behind it are zeros where `like`,
+    an abstract array, is larger."""
 
-    def shard(index: Any) -> np.ndarray:
+    def read(index: Any) -> np.ndarray:
         if tensors[0].expert is None:
             return _read_part(tensors[0], index, checkpoint)
         experts: slice = index[0]
         return np.stack([_read_part(tensor, index[1:], checkpoint) for tensor in tensors[experts]])
 
-    return jax.make_array_from_callback(shape, sharding, shard)
+    def shard(index: Any) -> np.ndarray:
+        here = [len(range(n)[wanted]) for n, wanted in zip(like.shape, index, strict=True)]
+        there = tuple(slice(*wanted.indices(n)) for n, wanted in zip(shape, index, strict=True))
+        if any(wanted.start >= wanted.stop for wanted in there):
+            return np.zeros(here, np.float32)
+        part = read(there)
+        return np.pad(part, [(0, size - found) for size, found in zip(here, part.shape, strict=True)])
+
+    return jax.make_array_from_callback(like.shape, like.sharding, shard)
 
 
 def _read_part(tensor: Tensor, index: Index, checkpoint: Checkpoint) -> np.ndarray:

@@ -6,6 +6,7 @@ through afterwards, expert parallelism and splits over `tensor` too, its adapter
 split as the rows of w are, and b as its columns.
 """
 
+import functools
 import math
 from typing import Any
 
@@ -17,7 +18,7 @@ from jax.sharding import PartitionSpec as P
 
 from bigmac_jax.config import Config, ConfigError
 from bigmac_jax.model.mesh import spec_of
-from bigmac_jax.model.parameters import Adapted, Declaration, declared
+from bigmac_jax.model.parameters import Adapted, Declaration, declared, pad_behind
 
 Path = tuple[Any, ...]  # of a parameter in the model
 
@@ -53,23 +54,29 @@ def make_adapters(config: Config, params: nnx.State, key: Array) -> nnx.State:
     made: dict[Path, Any] = {}
     for number, (path, param) in enumerate(sorted(adapted(config, params).items())):
         w, of = param.get_value(), declared(param)
-        *leading, X, Y = w.shape
+        *leading, X, _ = of.unpadded(w.shape)
+        *more, rows_of_w, columns_of_w = w.shape
         spec = spec_of(w)
         *before, rows, columns = (spec[i] if i < len(spec) else None for i in range(w.ndim))
         own = jax.random.fold_in(key, number)
         std = 1 / math.sqrt(3 * X)
-        of_a, of_b = declare(of, std)
-        a = std * jax.random.normal(own, (*leading, X, rank), out_sharding=P(*before, rows, None))
-        b = jnp.zeros((*leading, rank, Y), jnp.float32, out_sharding=P(*before, None, columns))
+        of_a, of_b = declare(of, std, rank)
+        draw = functools.partial(jax.random.normal, own)
+        a = std * pad_behind(draw, (*leading, X, rank), (*more, rows_of_w, rank), P(*before, rows, None))
+        b = jnp.zeros((*more, rank, columns_of_w), jnp.float32, out_sharding=P(*before, None, columns))
         made[*path, "a"] = nnx.Param(a, declaration=of_a)
         made[*path, "b"] = nnx.Param(b, declaration=of_b)
     return nnx.from_flat_state(made)
 
 
-def declare(of: Declaration, std: float = 1.0) -> tuple[Declaration, Declaration]:
+def declare(of: Declaration, std: float, rank: int) -> tuple[Declaration, Declaration]:
     """What the adapters a and b of a matrix are; a starts with the deviation `std`."""
+    (*leading, X, Y), exact = of.shape, of.exact
     a, b = of.dims[:-1] + "r", of.dims[:-2] + "r" + of.dims[-1]
-    return Declaration(a, of.part, std, exact=of.exact), Declaration(b, of.part, 0, True, exact=of.exact)
+    return (
+        Declaration(a, of.part, std, exact=exact, shape=(*leading, X, rank)),
+        Declaration(b, of.part, 0, True, exact=exact, shape=(*leading, rank, Y)),
+    )
 
 
 def attached(config: Config, base: nnx.State, adapters: nnx.State, dropout_key: Array | None = None) -> nnx.State:
@@ -86,7 +93,9 @@ def attached(config: Config, base: nnx.State, adapters: nnx.State, dropout_key: 
         if dropout_key is not None and tuning.lora_dropout:
             # 2^16: these are other numbers than the model's own dropout draws.
             own, spec = jax.random.fold_in(jax.random.fold_in(dropout_key, 1 << 16), number), P(*spec_of(w)[:-1], None)
-            kept = jax.random.bernoulli(own, 1 - tuning.lora_dropout, (*w.shape[:-1], 1), out_sharding=spec)
+            shape = declared(flat[path]).unpadded(w.shape)
+            keep = functools.partial(jax.random.bernoulli, own, 1 - tuning.lora_dropout)
+            kept = pad_behind(keep, (*shape[:-1], 1), (*w.shape[:-1], 1), spec)
             if a.ndim > w.ndim:  # each replica has its own, and loses the same
                 kept = jnp.expand_dims(kept, w.ndim - len(declared(flat[path]).dims))
             a = jnp.where(kept, a / (1 - tuning.lora_dropout), 0)

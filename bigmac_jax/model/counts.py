@@ -17,7 +17,7 @@ from jax.sharding import PartitionSpec as P
 from bigmac_jax.config import Config, DataConfig, MeshConfig, ModelConfig
 from bigmac_jax.model import adapters
 from bigmac_jax.model.mamba import token_products
-from bigmac_jax.model.mesh import AXES, axes_of
+from bigmac_jax.model.mesh import AXES, axes_of, padded_shape
 from bigmac_jax.model.parameters import Declaration, Frozen, declared, shard_spec, stacked_spec, state_spec
 from bigmac_jax.model.transformer import init_model
 
@@ -72,8 +72,9 @@ def _parameters(
     for of, shape in declarations(m, split_experts, length):
         spec = stacked_spec(of, shape, fsdp, ranks)
         parts[of.part] = parts.get(of.part, 0) + math.prod(shape)
-        of_rank += _on_rank(shape, spec, ranks)
-        pieces += _trained(of, shape, spec, *lora)
+        held = padded_shape(shape, spec, ranks)
+        of_rank += _on_rank(held, spec, ranks)
+        pieces += _trained(of, held, spec, *lora)
     trained = moments = in_slices = updated = shards = scattered = 0
     for of, shape, spec in pieces:
         state_of = state_spec(of, shape, spec, sharded, ranks, by_layers)
@@ -109,7 +110,7 @@ def _trained(
             shape,
             (spec[i] if i < len(spec) else None for i in range(len(shape))),
         )
-        of_a, of_b = adapters.declare(of)
+        of_a, of_b = adapters.declare(of, 1.0, lora_rank)
         yield of_a, (*leading, X, lora_rank), P(*before, rows, None)
         yield of_b, (*leading, lora_rank, Y), P(*before, None, columns)
 

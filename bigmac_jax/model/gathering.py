@@ -45,6 +45,7 @@ class Weight(NamedTuple):
     crossing: Crossing
     split: tuple[str, ...] = ()  # axes that it stays split over
     layer: Array | None = None  # of an `InStack`, whose stack `value` is
+    shape: tuple[int, ...] = ()  # of the parameter, where `value` may have zeros behind it
 
 
 def can_join(w: Weight) -> bool:
@@ -56,39 +57,67 @@ def can_join(w: Weight) -> bool:
 
 def join(w: Weight, other: Weight) -> Weight:
     """Two parameters of one shape beside each other along the last dimension, to be gathered as one."""
-    return w._replace(value=jnp.concatenate([w.value, other.value], axis=-1))
+    shape = (*w.shape[:-1], w.shape[-1] + other.shape[-1]) if w.shape else ()
+    return w._replace(value=jnp.concatenate([w.value, other.value], axis=-1), shape=shape)
 
 
-def gather_weight(w: Array, spec: P, split: tuple[str, ...], crossing: Crossing) -> Array:
+def gather_weight(w: Array, spec: P, split: tuple[str, ...], crossing: Crossing, shape: tuple[int, ...] = ()) -> Array:
     """Gathers a parameter from its shards, inside `shard_map`; its gradient is summed over ranks and scattered back.
 
     Args:
       spec: how the shards stand.
       split: axes that the result stays split over; its gradient is summed over the ranks of all others.
+      shape: of the parameter, without stacked layers: of what is gathered the zeros behind it are cut off.
     """
-    return _gather_weight(w, spec, split, crossing, w.dtype)
+    before = (0,) * (w.ndim - len(shape))
+    zeros = _zeros_behind(w.shape, spec, split, before + shape) if shape else ()
+    return _gather_weight(w, spec, split, crossing, w.dtype, zeros)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3, 4))
-def _gather_weight(w: Array, spec: P, split: tuple[str, ...], crossing: Crossing, dtype: Any) -> Array:
-    return _gather(w, spec, split, crossing)
+def _zeros_behind(
+    here: tuple[int, ...], spec: P, split: tuple[str, ...], shape: tuple[int, ...]
+) -> tuple[tuple[int, int, int], ...]:
+    """How `jax.lax.pad` cuts off what is behind a gathered array of `shape`; () if nothing is.
+
+    Args:
+      here: the shape of a shard.
+    """
+    sizes, cuts = jax.sharding.get_abstract_mesh().shape, [0] * len(here)
+    for dim, axes in _gathered(spec, split):
+        # A dimension that stays split over another axis has no zeros (`mesh.fully_sharded`).
+        if all(axis in axes for axis in names(spec[dim])) and shape[dim]:
+            cuts[dim] = shape[dim] - here[dim] * math.prod(sizes[axis] for axis in axes)
+    return tuple((0, cut, 0) for cut in cuts) if any(cuts) else ()
 
 
-def _gather(w: Array, spec: P, split: tuple[str, ...], crossing: Crossing) -> Array:
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3, 4, 5))
+def _gather_weight(
+    w: Array, spec: P, split: tuple[str, ...], crossing: Crossing, dtype: Any, zeros: tuple[tuple[int, int, int], ...]
+) -> Array:
+    return _gather(w, spec, split, crossing, zeros)
+
+
+def _gather(
+    w: Array, spec: P, split: tuple[str, ...], crossing: Crossing, zeros: tuple[tuple[int, int, int], ...]
+) -> Array:
     w = w.astype(crossing.gather)
     for dim, axes in _gathered(spec, split):
         w = jax.lax.all_gather(w, axes, axis=dim, tiled=True)
+    if zeros:
+        w = jax.lax.pad(w, jnp.zeros((), w.dtype), zeros)
     shared = _shared(spec, split)
     return (jax.lax.pcast(w, shared, to="varying") if shared else w).astype(crossing.compute)
 
 
 def _scatter_gradient(
-    spec: P, split: tuple[str, ...], crossing: Crossing, dtype: Any, _: None, dw: Array
+    spec: P, split: tuple[str, ...], crossing: Crossing, dtype: Any, zeros: Any, _: None, dw: Array
 ) -> tuple[Array]:
     """The transpose of `_gather`, but for the dtype that the sum is computed in."""
     dw = dw.astype(crossing.reduce)
     if shared := _shared(spec, split):
         dw = jax.lax.psum(dw, shared)
+    if zeros:
+        dw = jax.lax.pad(dw, jnp.zeros((), dw.dtype), [(0, -cut, 0) for _, cut, _ in zeros])
     for dim, axes in reversed(_gathered(spec, split)):
         dw = jax.lax.psum_scatter(dw, axes, scatter_dimension=dim, tiled=True)
     if dw.dtype != dtype:
@@ -98,7 +127,9 @@ def _scatter_gradient(
 
 
 # Not by calling `_gather_weight`: `all_but_gathered` has to see what is gathered.
-_gather_weight.defvjp(lambda w, spec, split, crossing, _: (_gather(w, spec, split, crossing), None), _scatter_gradient)
+_gather_weight.defvjp(
+    lambda w, spec, split, crossing, _, zeros: (_gather(w, spec, split, crossing, zeros), None), _scatter_gradient
+)
 
 
 def _gathered(spec: P, split: tuple[str, ...]) -> list[tuple[int, tuple[str, ...]]]:
@@ -121,6 +152,8 @@ def all_but_gathered(primitive: Any, *inputs: Any, **parameters: Any) -> bool:
     """
     if primitive.name == "convert_element_type":  # of what was gathered narrowly, or a norm's input: cheap to do again
         return inputs[0].dtype.itemsize >= parameters["new_dtype"].itemsize
+    if primitive.name == "pad" and any(after < 0 for _, after, _ in parameters["padding_config"]):
+        return False  # zeros behind what was gathered are cut off
     if primitive.name in ("all_gather", "pvary"):  # the latter only says that ranks hold copies of what was gathered
         return set(names(parameters.get("axis_name", ()))) == {TENSOR}
     return True
@@ -186,9 +219,9 @@ def on_each_rank(
 
     def on_rank(arrays: list[Array], shards: list[Array], layers: list[Array | None]) -> Any:
         gathered = [
-            gather_weight(shard[0], P(*spec[1:]), w.split, w.crossing)
+            gather_weight(shard[0], P(*spec[1:]), w.split, w.crossing, w.shape)
             if REPLICA in w.split
-            else gather_weight(shard, spec, w.split, w.crossing)
+            else gather_weight(shard, spec, w.split, w.crossing, w.shape)
             for shard, spec, w in zip(shards, specs, leaves, strict=True)
         ]
         return call(arrays, gathered, layers)

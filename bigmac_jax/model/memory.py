@@ -7,7 +7,8 @@ from bigmac_jax.config import Config
 from bigmac_jax.model.choose_exchange import choose_exchange
 from bigmac_jax.model.counts import Parameters, Sizes, declarations, moments_of, parameters, recomputes
 from bigmac_jax.model.kernels.flash_attention import attention_implementation
-from bigmac_jax.model.mesh import INSIDE, ExpertGroup, axes_of, describe_mesh
+from bigmac_jax.model.mesh import INSIDE, ExpertGroup, describe_mesh, shard_shape
+from bigmac_jax.model.parameters import stacked_spec
 from bigmac_jax.model.traffic import computed_rows, exchanged_bytes, received_rows, tokens_at_a_time
 
 MOST_OVER_EVEN = 1.1  # of a rank's parameters, over its even share, that nobody is told of
@@ -60,8 +61,8 @@ def host_memory(config: Config, ranks: int, count: Parameters, platform: str) ->
 
 
 def describe_copies(config: Config, sizes: Sizes) -> str:
-    """Says how much more parameters mesh.fsdp leaves on a rank than its even share, and which mesh.data would not; ""
-    where it is less than a tenth."""
+    """Says how much more parameters mesh.fsdp leaves on a rank than its even share, with the zeros behind them and the
+    copies of what is too small for all ranks, and which mesh.data would not; "" where it is less than a tenth."""
     if not config.mesh.fsdp or (held := _over_even(config, sizes)) <= MOST_OVER_EVEN:
         return ""
     powers = (2 ** (sizes["data"].bit_length() + i) for i in (-1, 0))  # of two, around it
@@ -69,7 +70,7 @@ def describe_copies(config: Config, sizes: Sizes) -> str:
     fix = f"; mesh.data={' or '.join(near)} would not" if near else ""
     return (
         f"a rank holds {held:.1f} times its even share of parameters and optimizer state, because "
-        f"{describe_mesh(sizes)} divides too few of their dimensions{fix}"
+        f"{describe_mesh(sizes)} splits few of their dimensions evenly{fix}"
     )
 
 
@@ -77,9 +78,9 @@ def _over_even(config: Config, sizes: Sizes) -> float:
     """Parameters that mesh.fsdp leaves on a rank over its even share of those that it splits."""
     held = share = 0.0
     for of, shape in declarations(config.model, config.mesh.split_experts, config.data.sequence_length):
-        own = math.prod(sizes[axis] for axis in axes_of(of.spec(shape[-len(of.dims) :], True, sizes)))
-        held += math.prod(shape) / own
-        share += math.prod(shape) / (own if of.small else math.prod(sizes[axis] for axis in INSIDE))
+        here = math.prod(shard_shape(shape, stacked_spec(of, shape, True, sizes), sizes))
+        held += here
+        share += here if of.small else math.prod(shape) / math.prod(sizes[axis] for axis in INSIDE)
     return held / share
 
 

@@ -206,13 +206,19 @@ def names(entry: Entry) -> tuple[str, ...]:
     return (entry,) if isinstance(entry, str) else tuple(entry)
 
 
-def fully_sharded(shape: Sequence[int], spec: P, sizes: Mapping[str, int], over: Sequence[str] = INSIDE) -> P:
+def fully_sharded(
+    shape: Sequence[int], spec: P, sizes: Mapping[str, int], over: Sequence[str] = INSIDE, pads: bool = False
+) -> P:
     """Adds the axes of `over` that `spec` leaves to the dimensions of a parameter (ZeRO-3: no two ranks of a replica
     keep the same numbers).
 
     All stand on the first dimension that they divide, behind the axes that it has: parts of a leading dimension are
     gathered where they belong, those of the last have to be moved there. Where there is none, the largest set of them
     that divides one does, and what is left goes on in the same way; an axis that divides no dimension keeps copies.
+
+    Args:
+      pads: instead of copies, dimensions may be split that the axes do not divide (`padded_shape`), so that a rank
+        keeps the fewest numbers.
     """
     left = tuple(axis for axis in over if axis not in axes_of(spec))
     entries = [*spec, *[None] * (len(shape) - len(spec))]
@@ -230,7 +236,42 @@ def fully_sharded(shape: Sequence[int], spec: P, sizes: Mapping[str, int], over:
             break
         entries[dim] = (*names(entries[dim]), *axes)
         left = tuple(axis for axis in left if axis not in axes)
-    return P(*entries)
+    copies = _parts(sizes, left)
+    if not pads or copies == 1:
+        return P(*entries)
+    padded = _split_with_padding(tuple(shape), spec, tuple((axis, sizes[axis]) for axis in over))
+    return min(P(*entries), padded, key=lambda found: math.prod(shard_shape(shape, found, sizes)))
+
+
+@functools.lru_cache(maxsize=4096)
+def _split_with_padding(shape: tuple[int, ...], spec: P, axes: tuple[tuple[str, int], ...]) -> P:
+    """The split over all axes that `spec` leaves of which a rank keeps the fewest numbers; of equals, that of the
+    fewest dimensions, and the first of them. A dimension that `spec` splits already gets no zeros: its parts have to
+    stay where they are."""
+    sizes = dict(axes)
+    left = [axis for axis, size in axes if size > 1 and axis not in axes_of(spec)]
+    own = [*spec, *[None] * (len(shape) - len(spec))]
+
+    def split(dims: Sequence[int]) -> P:
+        added = [tuple(axis for axis, at in zip(left, dims, strict=True) if at == dim) for dim in range(len(shape))]
+        return P(*(entry if not more else (*names(entry), *more) for entry, more in zip(own, added, strict=True)))
+
+    free = [dim for dim, entry in enumerate(own) if not names(entry)]
+    ways = sorted(itertools.product(free, repeat=len(left)), key=lambda dims: (len(set(dims)), dims))
+    return min(map(split, ways), key=lambda found: math.prod(shard_shape(shape, found, sizes)), default=spec)
+
+
+def shard_shape(shape: Sequence[int], spec: P, sizes: Mapping[str, int]) -> tuple[int, ...]:
+    """The shape of what each rank holds of an array, with zeros where ranks do not divide a dimension."""
+    entries = [*spec, *[None] * (len(shape) - len(spec))]
+    return tuple(-(-n // _parts(sizes, names(entry))) for n, entry in zip(shape, entries, strict=True))
+
+
+def padded_shape(shape: Sequence[int], spec: P, sizes: Mapping[str, int]) -> tuple[int, ...]:
+    """The shape with zeros behind each dimension, so that ranks divide it."""
+    entries = [*spec, *[None] * (len(shape) - len(spec))]
+    here = shard_shape(shape, spec, sizes)
+    return tuple(n * _parts(sizes, names(entry)) for n, entry in zip(here, entries, strict=True))
 
 
 def _parts(sizes: Mapping[str, int], axes: Sequence[str]) -> int:

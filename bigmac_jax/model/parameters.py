@@ -5,6 +5,7 @@ The declaration stands on the variable. Initialisation, the optimizer, the count
 parameters between ranks ask it; none of them reads a name.
 """
 
+import dataclasses
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ from jax.sharding import PartitionSpec as P
 from bigmac_jax.config import Config, ExecutionConfig
 from bigmac_jax.model.gathering import Crossing, InStack, Weight
 from bigmac_jax.model.kernels import LANES
-from bigmac_jax.model.mesh import REPLICA, Entry, fully_sharded, names
+from bigmac_jax.model.mesh import REPLICA, Entry, fully_sharded, names, padded_shape
 
 
 def leaf_name(path: Any) -> str:
@@ -30,6 +31,11 @@ def leaf_name(path: Any) -> str:
 def named_leaves(model: Any) -> dict[str, Any]:
     """The parameters of a model, which may be abstract, by name."""
     return {leaf_name(path): leaf for path, leaf in jax.tree_util.tree_flatten_with_path(model)[0]}
+
+
+def declared_leaves(model: Any) -> dict[str, Any]:
+    """The parameters of a model, which may be abstract, by name, in the shapes that are declared, on any mesh."""
+    return named_leaves(map_declared(without_padding, model))
 
 
 @dataclass(frozen=True)
@@ -49,6 +55,9 @@ class Declaration:
       exact: multiplied in float32 whatever execution.dtype is, and so gathered in float32.
       table: its rows are looked up, or compared with.
       trained: whether a run trains it; if not, it stays what it starts as.
+      pads: whether mesh.fsdp may put zeros behind it, so that ranks divide it. They stay zeros, and `gather_weight`
+        cuts them off: what is multiplied elsewhere gets none.
+      shape: without them, nor stacked layers; `parameter` says it.
     """
 
     dims: str
@@ -64,6 +73,8 @@ class Declaration:
     exact: bool = False
     table: bool = False
     trained: bool = True
+    pads: bool = True
+    shape: tuple[int, ...] = ()
 
     @property
     def hidden_matrix(self) -> bool:
@@ -83,7 +94,12 @@ class Declaration:
     def spec(self, shape: tuple[int, ...], fsdp: bool, sizes: Mapping[str, int]) -> P:
         """PartitionSpec of the parameter, without stacked layers, on a mesh of `sizes`."""
         own = P(*(*self.axes, *[None] * (len(shape) - len(self.axes))))
-        return fully_sharded(shape, own, sizes) if fsdp and not self.small else own
+        return fully_sharded(shape, own, sizes, pads=self.pads) if fsdp and not self.small else own
+
+    def unpadded(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """The shape of an array of the parameter, or of some of its experts, without zeros behind it."""
+        layers = len(shape) - len(self.dims)
+        return (*shape[:layers], *map(min, shape[layers:], self.shape)) if self.shape else shape
 
     def crossing(self, execution: ExecutionConfig) -> Crossing:
         """Dtypes in which ranks gather it and sum its gradient."""
@@ -147,15 +163,58 @@ class Adapted(NamedTuple):
 def parameter(config: Config, key: Array | None, shape: tuple[int, ...], declaration: Declaration) -> nnx.Variable:
     """A float32 parameter, drawn where it will stand: each rank draws its shard. Values don't depend on the mesh."""
     assert len(shape) == len(declaration.dims), declaration
-    spec = declaration.spec(shape, config.mesh.fsdp, jax.sharding.get_abstract_mesh().shape)
-    if declaration.constant:
-        value = jnp.full(shape, declaration.value, jnp.float32, out_sharding=spec)
-    else:
+    sizes = jax.sharding.get_abstract_mesh().shape
+    spec = declaration.spec(shape, config.mesh.fsdp, sizes)
+
+    def start(shape: tuple[int, ...], out_sharding: P) -> Array:
+        if declaration.constant:
+            return jnp.full(shape, declaration.value, jnp.float32, out_sharding=out_sharding)
         assert key is not None, declaration
         draw = _selection if declaration.selects else declaration.draw or jax.random.normal
-        value = declaration.value * draw(key, shape, out_sharding=spec)
+        return declaration.value * draw(key, shape, out_sharding=out_sharding)
+
+    value = pad_behind(start, shape, padded_shape(shape, spec, sizes) if sizes else shape, spec)
     kind = nnx.Param if declaration.trained else Frozen
-    return kind(value, declaration=declaration)
+    return kind(value, declaration=dataclasses.replace(declaration, shape=shape))
+
+
+def pad_behind(make: Callable[..., Array], shape: tuple[int, ...], padded: tuple[int, ...], spec: P) -> Array:
+    """The array that `make(shape, out_sharding=…)` returns, whose values depend on the shape, with zeros behind it."""
+    entries = zip([*spec, *[None] * (len(shape) - len(spec))], shape, padded, strict=True)
+    whole = P(*(entry if n == size else None for entry, n, size in entries))
+    return _resize(make(shape, out_sharding=whole), padded, spec)
+
+
+def _resize(w: Array, shape: tuple[int, ...], spec: P) -> Array:
+    """An array with zeros behind it, or without them, sharded by `spec`."""
+    if w.shape == shape:
+        return w
+    changes = [n - size for n, size in zip(shape, w.shape, strict=True)]
+    # Ranks divide a dimension before or behind, not both: meanwhile it is whole.
+    meanwhile = P(*(None if change else entry for change, entry in zip(changes, spec, strict=True)))
+    changed = jax.lax.pad(jax.sharding.reshard(w, meanwhile), jnp.zeros((), w.dtype), [(0, n, 0) for n in changes])
+    return jax.sharding.reshard(changed, spec)
+
+
+_resize_alone = jax.jit(_resize, static_argnums=(1, 2))
+
+
+def without_padding(of: Declaration, w: Any) -> Any:
+    """A parameter in the shape that is declared, on any mesh; of an abstract one, that shape."""
+    shape = of.unpadded(w.shape)
+    if shape == w.shape:
+        return w
+    whole = P(*(entry if n == size else None for entry, n, size in zip(w.sharding.spec, shape, w.shape, strict=True)))
+    if isinstance(w, jax.ShapeDtypeStruct):
+        return jax.ShapeDtypeStruct(shape, w.dtype, sharding=w.sharding.update(spec=whole))
+    return _resize_alone(w, shape, whole)
+
+
+def with_padding(w: Any, like: Any) -> Array:
+    """A parameter in the declared shape as `like`, an array or an abstract one, is sharded and padded."""
+    if w.shape == like.shape:
+        return jax.device_put(w, like.sharding)
+    return _resize_alone(w, like.shape, like.sharding.spec)
 
 
 def _selection(key: Array, shape: tuple[int, ...], out_sharding: P) -> Array:
@@ -183,6 +242,11 @@ def map_declared(function: Callable[[Declaration, Array], Any], tree: Any) -> An
     return jax.tree.map(apply, tree, is_leaf=lambda node: isinstance(node, nnx.Variable))
 
 
+def count_numbers(tree: Any) -> int:
+    """Numbers in the parameters of `tree`, zeros behind them not among them."""
+    return sum(jax.tree.leaves(map_declared(lambda of, w: math.prod(of.unpadded(w.shape)), tree)))
+
+
 def weight(config: Config, variable: nnx.Variable, compute: str = "") -> Weight:
     """Makes a `Weight` for `on_each_rank`, gathered in the dtype `compute`, by default that of the computation."""
     of = declared(variable)
@@ -191,8 +255,8 @@ def weight(config: Config, variable: nnx.Variable, compute: str = "") -> Weight:
     if isinstance(value, InStack):
         dtype = str(value.stack.dtype)
         if dtype == crossing.gather:
-            return Weight(value.stack, Crossing(dtype, dtype, dtype), of.split, value.layer)
+            return Weight(value.stack, Crossing(dtype, dtype, dtype), of.split, value.layer, of.shape)
         value = value.take()  # a cast would copy the stack
     value = value.sum(of.exact) if isinstance(value, Adapted) else value
     split = (*of.split, REPLICA) if value.ndim > len(of.dims) else of.split  # (`training.replicas`)
-    return Weight(value, crossing._replace(compute=compute or crossing.compute), split)
+    return Weight(value, crossing._replace(compute=compute or crossing.compute), split, shape=of.shape)

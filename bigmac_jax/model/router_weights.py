@@ -44,7 +44,7 @@ class HyperRouter(nnx.Module):
             config, keys[0], (D,), Declaration("D", "router", 1, decays=False, small=True, exact=True)
         )
         self.in_DH = parameter(config, keys[1], (D, H), frozen("DH", small=True))
-        self.out_DHE = parameter(config, keys[2], (D, H, E), frozen("DHE"))
+        self.out_DHE = parameter(config, keys[2], (D, H, E), frozen("DHE", pads=False))
         self.out_HE = parameter(config, keys[3], (H, E), frozen("HE", small=True))
 
     def make(self) -> tuple[Array, Array]:
@@ -56,7 +56,7 @@ class HyperRouter(nnx.Module):
         mesh = jax.sharding.get_abstract_mesh()
         if not mesh.empty:  # no rank adds up another's part of H
             D, _, E = out_DHE.shape
-            rows, columns = _MATRIX.spec((D, E), self.config.mesh.fsdp, mesh.shape)
+            rows, columns = dataclasses.replace(_MATRIX, pads=False).spec((D, E), self.config.mesh.fsdp, mesh.shape)
             out_DHE = jax.sharding.reshard(out_DHE, P(rows, None, columns))
         return exact("...H,DHE->...DE", h_H, out_DHE), exact("...H,HE->...E", h_H, self.out_HE.get_value())
 

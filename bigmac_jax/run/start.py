@@ -22,7 +22,7 @@ from bigmac_jax.evaluation.tasks.task_jobs import Job, open_jobs
 from bigmac_jax.model.kernels.flash_attention import attention_implementation
 from bigmac_jax.model.memory import describe_copies
 from bigmac_jax.model.mesh import batch_spec, describe_mesh, slices
-from bigmac_jax.model.parameters import Frozen
+from bigmac_jax.model.parameters import Frozen, count_numbers
 from bigmac_jax.runtime import hosts
 from bigmac_jax.runtime.clock import clock
 from bigmac_jax.training import manifest, run_data
@@ -223,11 +223,10 @@ def _describe(config: Config, state: TrainState, tokens: int, step: int, origin:
     for line in (*told, *describe_crossing(config, mesh.shape["data"], slices(mesh))):
         if line:
             hosts.say(line)
-    parameters = sum(leaf.size for leaf in jax.tree.leaves(state.params))
-    of_model = sum(leaf.size for leaf in jax.tree.leaves(state.base))
+    parameters, of_model = count_numbers(state.params), count_numbers(state.base)
     beside = f" of adapters beside {of_model:,} of the model" if of_model else ""
     variables = jax.tree.leaves(state.rest, is_leaf=lambda node: isinstance(node, Frozen))
-    if frozen := sum(variable.get_value().size for variable in variables if isinstance(variable, Frozen)):
+    if frozen := count_numbers([variable for variable in variables if isinstance(variable, Frozen)]):
         beside += f" and {frozen:,} that are not trained"
     hosts.say(
         f"{parameters:,} parameters{beside}, {tokens:,} training tokens, "

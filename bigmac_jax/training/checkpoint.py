@@ -27,6 +27,7 @@ from bigmac_jax.training import manifest
 from bigmac_jax.training.checkpoint_arrays import (
     DamagedError,
     check_shapes,
+    describe_padding,
     find_nonfinite,
     os_code,
     read_arrays,
@@ -135,6 +136,7 @@ class Checkpoints:
         if hosts.is_first():
             self._keep_experts_alone(kept)
         items = set_apart(take_turn({"model": _model_item(state), "optimizer": _optimizer_item(state)}, turn), turn)
+        run |= describe_padding(items["model"])
         self._folder.remove_unfinished()
         self._saving, self._turns[step] = step, turn
         self._stripped.discard(step)  # one of its number may have been, which was set aside

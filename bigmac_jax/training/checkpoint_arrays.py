@@ -1,6 +1,7 @@
 """Writes and reads the arrays of a checkpoint. Behind each chunk lies its CRC-32C, which every reader compares."""
 
 import functools
+import json
 import os
 import pathlib
 import re
@@ -13,11 +14,12 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from bigmac_jax.config import ConfigError
-from bigmac_jax.model.parameters import leaf_name
+from bigmac_jax.model.parameters import leaf_name, map_declared
 from bigmac_jax.model.resident import in_host, take_layer
 from bigmac_jax.runtime import hosts
 from bigmac_jax.runtime.storage import UNREADABLE_NOW, is_store
 
+_PADDED = "padded"  # the key in a checkpoint's item `run`
 CHECKSUM: list[dict[str, Any]] = [{"name": "crc32c"}]
 # TensorStore's errors about contents; on a store, others may be its own trouble, which passes.
 _ABOUT_CONTENTS = ("DATA_LOSS", "NOT_FOUND", "OUT_OF_RANGE", "INVALID_ARGUMENT", "FAILED_PRECONDITION")
@@ -82,7 +84,9 @@ def read_arrays(directory: pathlib.Path, abstract: dict[str, Any]) -> dict[str, 
     with hosts.raise_together():
         try:
             for item, tree in abstract.items():
-                how = ocp.args.PyTreeRestore(item=tree, restore_args=ocp.checkpoint_utils.construct_restore_args(tree))
+                # Not strict: another mesh may have other zeros behind a parameter, or none; `check_shapes` is.
+                wanted = ocp.checkpoint_utils.construct_restore_args(tree, strict=False)
+                how = ocp.args.PyTreeRestore(item=tree, restore_args=wanted)
                 found[item] = ocp.PyTreeCheckpointHandler().restore(directory / item, args=how)
         except Exception as error:
             _silence_dropped_reads()
@@ -148,15 +152,30 @@ def _silence_dropped_reads() -> None:
     sys.unraisablehook = hear
 
 
+def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
+    """The shapes of a model's arrays by name, as they stand."""
+    paths = jax.tree_util.tree_flatten_with_path(tree)[0]
+    return {leaf_name(keys).split(".", 1)[1]: tuple(leaf.shape) for keys, leaf in paths}
+
+
+def _declared_shapes(tree: Any) -> dict[str, tuple[int, ...]]:
+    return _shapes(map_declared(lambda of, w: jax.ShapeDtypeStruct(of.unpadded(w.shape), w.dtype), tree))
+
+
+def describe_padding(model: dict[str, Any]) -> dict[str, Any]:
+    """What a checkpoint's item `run` says of a model that mesh.fsdp has put zeros behind: the shapes without them."""
+    held, declared = _shapes(model), _declared_shapes(model)
+    found = {name: list(shape) for name, shape in declared.items() if shape != held[name]}
+    return {_PADDED: found} if found else {}
+
+
 def check_shapes(directory: pathlib.Path, step: int, abstract: dict[str, Any]) -> None:
     """Raises ConfigError if a checkpoint's model has other shapes than `abstract`; it names the first difference."""
-
-    def shapes(tree: Any) -> dict[str, tuple[int, ...]]:
-        paths = jax.tree_util.tree_flatten_with_path(tree)[0]
-        return {leaf_name(keys).split(".", 1)[1]: leaf.shape for keys, leaf in paths}
-
-    path = directory / str(step) / "model"
-    saved, wanted = shapes(ocp.PyTreeCheckpointHandler().metadata(path).tree), shapes(abstract)
+    folder = directory / str(step)
+    padded = json.loads((folder / "run" / "metadata").read_bytes()).get(_PADDED, {})
+    saved = _shapes(ocp.PyTreeCheckpointHandler().metadata(folder / "model").tree)
+    saved |= {name: tuple(shape) for name, shape in padded.items()}
+    wanted = _declared_shapes(abstract)
     for name in sorted(saved.keys() | wanted.keys()):
         if saved.get(name) != wanted.get(name):
             has, needs = (list(s[name]) if name in s else "none" for s in (saved, wanted))

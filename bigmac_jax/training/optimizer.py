@@ -17,7 +17,7 @@ from bigmac_jax.config import Config
 from bigmac_jax.config.resuming import RATES_MAY_CHANGE
 from bigmac_jax.config.section import flat_values
 from bigmac_jax.model.mesh import AXES, INSIDE, axes_of, names, spec_of
-from bigmac_jax.model.parameters import map_declared
+from bigmac_jax.model.parameters import Declaration, map_declared
 
 # An orthogonal matrix times this × √(the longer side) has entries as large as AdamW's updates, so that one learning
 # rate does for both (Liu et al., arXiv 2502.16982, equation 4).
@@ -149,7 +149,7 @@ def muon(momentum: float) -> optax.GradientTransformation:
         ahead = optax.tree.bias_correction(mu, momentum, count + 1)
         now = optax.tree.bias_correction(updates, momentum, count)
         nesterov = jax.tree.map(lambda m, g: momentum * m + (1 - momentum) * g, ahead, now)
-        return jax.tree.map(_orthogonalize, nesterov), Momentum(count, mu)
+        return map_declared(_orthogonalize, nesterov), Momentum(count, mu)
 
     return optax.GradientTransformation(init, update)
 
@@ -163,11 +163,13 @@ class Move(NamedTuple):
     then: int | None
 
 
-def _orthogonalize(matrices: Array) -> Array:
-    """Makes matrices orthogonal, dealt out so that no two ranks compute the same one, as far as they divide."""
+def _orthogonalize(of: Declaration, matrices: Array) -> Array:
+    """Makes matrices orthogonal, with the entries' size of AdamW's updates, dealt out so that no two ranks compute the
+    same one, as far as they divide. Zeros behind a matrix stay zeros."""
+    scale = _MUON_RMS * math.sqrt(max(of.unpadded(matrices.shape)[-2:]))
     mesh, spec = jax.sharding.get_abstract_mesh(), spec_of(matrices)
     if mesh.empty:
-        return _newton_schulz(matrices)
+        return scale * _newton_schulz(matrices)
     moves = plan_moves(matrices.shape, spec, mesh.shape)
 
     def on_rank(shard: Array) -> Array:
@@ -179,7 +181,8 @@ def _orthogonalize(matrices: Array) -> Array:
         return shard
 
     # Unchecked: that all ranks of an axis gather the same is not in an array's type.
-    return jax.shard_map(on_rank, in_specs=spec, out_specs=spec, axis_names=set(AXES), check_vma=False)(matrices)
+    whole = jax.shard_map(on_rank, in_specs=spec, out_specs=spec, axis_names=set(AXES), check_vma=False)
+    return scale * whole(matrices)
 
 
 def plan_moves(shape: tuple[int, ...], spec: P, sizes: Mapping[str, int]) -> list[Move]:
@@ -212,14 +215,14 @@ def _move(shard: Array, axis: str, before: int | None, then: int | None) -> Arra
 
 
 def _newton_schulz(matrices: Array) -> Array:
-    """Makes matrices orthogonal on one rank, with the entries' size of AdamW's updates."""
+    """Makes matrices orthogonal on one rank."""
     X, Z = matrices.shape[-2:]
     one = optax.contrib.scale_by_muon(
         beta=0.0, nesterov=False, weight_dimension_numbers=optax.contrib.MuonDimensionNumbers(1, 2)
     )
     flat = matrices.reshape(-1, X, Z)
     orthogonal, _ = one.update(flat, one.init(flat))
-    return _MUON_RMS * math.sqrt(max(X, Z)) * orthogonal.reshape(matrices.shape)
+    return orthogonal.reshape(matrices.shape)
 
 
 def _store_moments(transformation: optax.GradientTransformation, dtype: str) -> optax.GradientTransformation:

@@ -27,7 +27,7 @@ from bigmac_jax.config.reads import unread_for
 from bigmac_jax.interchange import choose_format, tensor_files
 from bigmac_jax.interchange.exporting import FORMATS, gather_layer
 from bigmac_jax.interchange.layout import Leaves, Tensor
-from bigmac_jax.model.parameters import named_leaves
+from bigmac_jax.model.parameters import declared_leaves
 from bigmac_jax.runtime import hosts, storage
 from bigmac_jax.training.restore import Restored
 
@@ -88,7 +88,7 @@ def export_adapters(
     if not config.tuning.lora_rank:
         raise ConfigError("--format=peft is of adapters, and this run trains the whole model; use --format=auto")
     output = storage.absolute(storage.locate(output, "--output"))
-    adapters, base = named_leaves(run.params), named_leaves(run.base)
+    adapters, base = declared_leaves(run.params), declared_leaves(run.base)
     places = _find_places(config, adapters, base)
     _check_base(config, base_config)
     with hosts.raise_together():
@@ -98,7 +98,7 @@ def export_adapters(
         if hosts.is_first():
             _log.warning("PEFT takes no adapters of %s: %d of them are written whole, adapters merged",
                          _WHOLE[choose_format(config)], len(whole))  # fmt: skip
-        base = named_leaves(read_base())
+        base = declared_leaves(read_base())
     values: dict[str, np.ndarray] = {}
     for place in places:
         found = _whole(config, place, adapters, base) if place.whole else _pair(place, adapters)

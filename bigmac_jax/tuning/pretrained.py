@@ -32,7 +32,7 @@ from bigmac_jax.interchange.importing import checkpoint_digest
 from bigmac_jax.interchange.tokenizer_files import TOKENIZER_FILES, extends, warn_of_added
 from bigmac_jax.model.adapters import attached, merged
 from bigmac_jax.model.mesh import placed, replicated_spec
-from bigmac_jax.model.parameters import leaf_name, named_leaves
+from bigmac_jax.model.parameters import declared_leaves, leaf_name, with_padding
 from bigmac_jax.model.transformer import Transformer, init_model
 from bigmac_jax.runtime import hosts, storage
 from bigmac_jax.training.history import history_with, model_name
@@ -316,14 +316,16 @@ def load_parameters(origin: Pretrained, config: Config) -> tuple[nnx.State, nnx.
     """
     compare_models(origin, config)
     source = dataclasses.replace(origin.config, mesh=config.mesh, execution=config.execution)
-    found = named_leaves(read_model(origin, source))
+    found = declared_leaves(read_model(origin, source))
     abstract = placed(jax.eval_shape(lambda: init_model(config, jax.random.key(0))), jax.sharding.get_mesh())
+    wanted = declared_leaves(abstract)
 
     def fit(path: Any, like: Any) -> Array:
-        value = found.get(leaf_name(path))
-        if value is None:  # a router's bias that balancing begins with
+        name = leaf_name(path)
+        if name not in found:  # a router's bias that balancing begins with
             return jax.jit(lambda: jnp.zeros(like.shape, like.dtype, out_sharding=like.sharding.spec))()
-        return value if value.shape == like.shape else _resize(value, like)
+        same = found[name].shape == wanted[name].shape
+        return with_padding(found[name] if same else _resize(found[name], wanted[name]), like)
 
     _, params, rest = split_model(jax.tree_util.tree_map_with_path(fit, abstract))
     return params, rest

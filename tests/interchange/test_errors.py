@@ -305,7 +305,7 @@ def test_the_command_reads_nothing_for_bad_arguments(
 def test_an_export_is_whole_or_nothing(exported: Any, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config, model, folder = exported
     with monkeypatch.context() as patch, on_mesh(config), pytest.raises(ConfigError, match="is there already"):
-        patch.delattr(exporting, "named_leaves")  # processes gather from there on: all must have heard of it by then
+        patch.delattr(exporting, "declared_leaves")  # processes gather from there on: all must have heard of it by then
         export_model(config, model, folder / "one")
     with monkeypatch.context() as patch, on_mesh(config):
         (tmp_path / "here").mkdir()

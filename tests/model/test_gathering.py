@@ -18,6 +18,8 @@ from bigmac_jax.model.gathering import all_but_gathered
         ("all_gather", {"axis_name": "expert"}, False),
         ("all_gather", {"axis_name": ("tensor",)}, True),  # of the sequence
         ("pvary", {"axes": ("data",)}, False),
+        ("pad", {"padding_config": ((0, 0, 0), (0, -2, 0))}, False),  # cuts off the zeros behind it
+        ("pad", {"padding_config": ((0, 0, 0), (0, 2, 0))}, True),
         ("dot_general", {}, True),
         ("psum", {"axis_name": ("data",)}, True),
         ("convert_element_type", {"new_dtype": jnp.dtype("float32")}, False),  # a wider copy

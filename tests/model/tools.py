@@ -16,6 +16,7 @@ from jax import Array
 from bigmac_jax.config import Config, DataConfig, ExecutionConfig, MeshConfig, ModelConfig
 from bigmac_jax.model.mesh import batch_spec, make_mesh, placed, token_spec
 from bigmac_jax.model.moe import MoE
+from bigmac_jax.model.parameters import Declaration, declared_leaves, map_declared
 from bigmac_jax.model.transformer import Transformer, init_model
 
 from .reference import feed_forward
@@ -61,11 +62,14 @@ def random_model(config: Config, given: dict[str, np.ndarray] | None = None) -> 
 def random_like(abstract: Any, config: Config, given: dict[str, np.ndarray] | None = None) -> Any:
     """Every parameter random, norms and biases too: zeros and ones hide mistakes. `given` replaces some by name."""
     draw = np.random.default_rng(0).standard_normal
+    shapes = {name: leaf.shape for name, leaf in declared_leaves(abstract).items()}
 
     def fill(path: Any, leaf: Any) -> Array:
-        name, value = leaf_name(path), draw(leaf.shape).astype(np.float32)
+        name = leaf_name(path)
+        shape = shapes[name]
+        value = draw(shape).astype(np.float32)
         if given and name in given:
-            value = np.broadcast_to(given[name], leaf.shape)
+            value = np.broadcast_to(given[name], shape)
         elif "embedding" in name or "positions" in name:
             value *= 0.3
         elif "scale" in name or "skip" in name:
@@ -73,8 +77,9 @@ def random_like(abstract: Any, config: Config, given: dict[str, np.ndarray] | No
         elif "bias" in name or ".b_" in name:
             value *= 0.1
         elif "vector" not in name:
-            value /= math.sqrt(leaf.shape[-2])
-        return jax.device_put(value, leaf.sharding)
+            value /= math.sqrt(shape[-2])
+        behind = [(0, held - size) for held, size in zip(leaf.shape, shape, strict=True)]
+        return jax.device_put(np.pad(value, behind), leaf.sharding)
 
     return jax.tree_util.tree_map_with_path(fill, placed(abstract, make_mesh(config)))
 
@@ -100,8 +105,17 @@ def leaf_name(path: Any) -> str:
 
 
 def leaves(tree: Any) -> dict[str, np.ndarray]:
-    """The parameters by name, such as layers.mlp.experts.w_in_eRF."""
-    return {leaf_name(path): np.asarray(leaf) for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]}
+    """The parameters by name, such as layers.mlp.experts.w_in_eRF, without zeros behind them."""
+
+    def cut(of: Declaration, w: np.ndarray) -> np.ndarray:
+        own = tuple(map(slice, of.unpadded(w.shape)))
+        behind = w.copy()
+        behind[own] = 0
+        assert not behind.any(), of
+        return w[own]
+
+    on_host = map_declared(cut, jax.tree.map(np.asarray, tree))
+    return {leaf_name(path): leaf for path, leaf in jax.tree_util.tree_flatten_with_path(on_host)[0]}
 
 
 def total_loss(config: ModelConfig, logits_BLV: Array, targets_BL: Array, balance_Y: Array, z_Y: Array) -> Array:

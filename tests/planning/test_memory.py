@@ -83,13 +83,12 @@ def test_a_batch_in_parts_keeps_less() -> None:
 @pytest.mark.parametrize(
     ("data", "told"),
     [
-        # 5 divides no dimension of Qwen3-30B, so all is there five times but for norms.
-        (5, "a rank holds 5.0 times its even share of parameters and optimizer state, because mesh data 5 × expert 8 "
-            "divides too few of their dimensions; mesh.data=4 or 8 would not"),
-        # 3 divides the experts' 768. The other 1.54 of 30.5 billion are there three times, so 1 + 2 · 0.0505 = 1.101.
-        (3, "a rank holds 1.1 times its even share of parameters and optimizer state, because mesh data 3 × expert 8 "
-            "divides too few of their dimensions; mesh.data=2 or 4 would not"),
+        (3, ""),
+        (5, ""),  # divides no dimension of Qwen3-30B: 2,048 become 2,050
         (8, ""),
+        # Of the experts' [128, 2048, 768] 2,048 become 2,545.
+        (509, "a rank holds 1.3 times its even share of parameters and optimizer state, because mesh data 509 × "
+              "expert 8 splits few of their dimensions evenly; mesh.data=256 or 512 would not"),
     ],
 )  # fmt: skip
 def test_copies_that_fsdp_leaves(data: int, told: str) -> None:

@@ -17,7 +17,7 @@ from bigmac_jax.data.tokenizer import Tokenizer
 from bigmac_jax.interchange.importing import MAY_SET
 from bigmac_jax.interchange.tokenizer_files import keep_tokenizer
 from bigmac_jax.model.mesh import batch_ranks, batch_spec, place
-from bigmac_jax.model.parameters import named_leaves
+from bigmac_jax.model.parameters import declared_leaves
 from bigmac_jax.model.transformer import Transformer
 from bigmac_jax.runtime import storage
 from bigmac_jax.runtime.workdir_lock import lock_workdir
@@ -128,7 +128,7 @@ def _loss(model: Transformer, batches: Sequence[Batch]) -> float:
 
 def _experts(model: Transformer) -> int:
     part = ".mlp.experts." if model.config.model.is_moe else ".mlp."
-    return sum(leaf.size for name, leaf in named_leaves(model).items() if part in name)
+    return sum(leaf.size for name, leaf in declared_leaves(model).items() if part in name)
 
 
 def _draw(report: Report, file: pathlib.Path) -> None:

@@ -8,7 +8,7 @@ import math
 import numpy as np
 
 from bigmac_jax.config import Config, ConfigError
-from bigmac_jax.model.parameters import named_leaves
+from bigmac_jax.model.parameters import declared_leaves
 from bigmac_jax.model.transformer import Transformer
 from bigmac_jax.tuning.conversion.rebuild import rebuild_model, with_model
 
@@ -52,7 +52,7 @@ def upcycle(config: Config, model: Transformer, experts: int, top_k: int) -> tup
     The router's gradient and the tokens that each is sent make the experts different: no noise is needed.
     """
     target = upcycled(config, experts, top_k)
-    leaves = named_leaves(model)
+    leaves = declared_leaves(model)
     given = {
         f"layers.mlp.experts.{ours}": np.repeat(np.asarray(leaves[f"layers.mlp.{theirs}"])[:, None], experts, axis=1)
         for theirs, ours in _MLP.items()
@@ -103,7 +103,7 @@ def widen(config: Config, model: Transformer, copies: int, noise: float = 0.01) 
     softmax = config.model.router_scores == "softmax"  # what is added to its scores is divided like them
     draw = np.random.default_rng(config.train.seed).standard_normal
     given = {}
-    for name, leaf in named_leaves(model).items():
+    for name, leaf in declared_leaves(model).items():
         part = name.partition(".mlp.")[2]
         axis = {"router_DE": 2, "router_bias_E": 1, "router_logit_bias_E": 1}.get(
             part, 1 if part.startswith("experts.") else None

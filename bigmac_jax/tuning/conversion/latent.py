@@ -26,7 +26,7 @@ import numpy as np
 from bigmac_jax.config import Config, ConfigError, ModelConfig
 from bigmac_jax.data.batch import Batch
 from bigmac_jax.model.moe import MoE
-from bigmac_jax.model.parameters import named_leaves
+from bigmac_jax.model.parameters import declared_leaves
 from bigmac_jax.model.transformer import Block, Transformer
 from bigmac_jax.tuning.conversion.calibration import ExpertInputs, walk
 from bigmac_jax.tuning.conversion.rebuild import rebuild_model, with_model
@@ -101,7 +101,7 @@ def narrow(
 
     def fit(number: int, layer: Block, seen: ExpertInputs) -> None:
         assert isinstance(layer.mlp, MoE)
-        experts = {name: np.asarray(leaf, np.float64) for name, leaf in named_leaves(layer.mlp.experts).items()}
+        experts = {name: np.asarray(leaf, np.float64) for name, leaf in declared_leaves(layer.mlp.experts).items()}
         leaves, error = fit_layer(target.model, experts, seen)
         layers.append(leaves)
         errors.append(error._replace(layer=number))

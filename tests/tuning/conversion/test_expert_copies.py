@@ -110,7 +110,7 @@ def test_noise_is_of_the_matrices_and_of_their_size(scores: str, bias: float, mo
         "layers.mlp.shared.up.w_DF": draw((2, 8, 6)),
     }  # fmt: skip
     leaves = {name: value.astype(np.float32) for name, value in leaves.items()}
-    monkeypatch.setattr(expert_copies, "named_leaves", lambda model: leaves)
+    monkeypatch.setattr(expert_copies, "declared_leaves", lambda model: leaves)
     monkeypatch.setattr(expert_copies, "rebuild_model", lambda config, model, given: given if model is None else {})
     config = tiny(router_scores=scores, num_experts=4, top_k=2)
     found: Any = widen(config, None, 3, 0.1)[1]  # type: ignore[arg-type]
