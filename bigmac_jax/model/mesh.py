@@ -60,7 +60,8 @@ def make_mesh(config: Config, fit_batch: bool = True, devices: Sequence[Any] | N
     """The mesh of `config.mesh` over the first of `devices` (by default this job's), Explicit axes.
 
     Devices stand by slice or host, so that `tensor`, then `expert`, stay where links are fast, and `node`, `data` and
-    `replica` cross hosts.
+    `replica` cross hosts; chips of a slice by where they are, along its first axis first, or XLA finds no ring through
+    all of a v5p slice, and gathers by sums of zeros, which send twice as much.
 
     Raises:
       ConfigError: as `axis_sizes`, whose `fit_batch` this is; or expert × tensor ranks that lie across hosts although
@@ -69,7 +70,7 @@ def make_mesh(config: Config, fit_batch: bool = True, devices: Sequence[Any] | N
     devices = jax.devices() if devices is None else devices
     sizes = axis_sizes(config, len(devices), fit_batch)
     granule = _granules(devices)
-    near = sorted(devices, key=lambda device: (granule(device), device.process_index))  # their order is kept inside
+    near = sorted(devices, key=lambda device: (granule(device), _place(device)))  # their order is kept inside
     of_granule = list(Counter(map(granule, near)).values())
     if len(of_granule) > 1:
         check_links(sizes, math.gcd(*of_granule), devices[0].platform)
@@ -103,6 +104,13 @@ def slices(mesh: Mesh) -> int:
     if mesh.devices.flat[0].platform != "tpu":
         return 1
     return len({getattr(device, "slice_index", None) or 0 for device in mesh.devices[0].flat})
+
+
+def _place(device: Any) -> tuple[int, ...]:
+    """What orders the devices of a slice, or of all hosts: a TPU's coordinates, the last first; of others the
+    process."""
+    coordinates = getattr(device, "coords", None) if device.platform == "tpu" else None
+    return tuple(coordinates)[::-1] if coordinates else (device.process_index,)
 
 
 def _granules(devices: Sequence[Any]) -> Callable[[Any], int]:

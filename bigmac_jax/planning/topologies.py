@@ -8,7 +8,7 @@ import re
 from typing import Any, NamedTuple
 
 from bigmac_jax.config import ConfigError
-from bigmac_jax.planning.hardware import Hardware
+from bigmac_jax.planning.hardware import Hardware, load_hardware
 from bigmac_jax.planning.hardware.torus import larger
 
 # Names of topologies, which are those of hardware files.
@@ -119,11 +119,21 @@ def _tpus(topology: Topology) -> list[Any]:
 
     try:
         several: dict[str, Any] = {"num_slices": topology.slices} if topology.slices > 1 else {}
+        if any(rings := _rings(topology)):
+            several["wrap"] = rings
         if math.prod(topology.shape) == 1:  # hosts of 2 × 2 chips would not divide it
             several["chips_per_host_bounds"] = (1, 1, 1)
         return list(topologies.get_topology_desc(platform="tpu", topology_name=topology.name, **several).devices)
     except Exception as error:
         raise ConfigError(f"--topology={topology.name} is not one that libtpu knows: {first_line(error)}") from None
+
+
+def _rings(topology: Topology) -> tuple[bool, ...]:
+    """Which axes of a TPU slice are rings; libtpu takes all for lines, and three of them."""
+    torus = load_hardware(topology.kind).torus
+    assert torus is not None, topology
+    rings = torus.slice(topology.shape).rings[-len(topology.shape) :]
+    return (*rings, *[False] * (3 - len(rings)))
 
 
 def first_line(error: Exception) -> str:

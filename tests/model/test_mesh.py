@@ -1,6 +1,7 @@
 """The mesh: axes, order of the devices, and what does not fit."""
 
 import dataclasses
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -168,3 +169,26 @@ def test_a_batch_that_the_devices_left_do_not_divide(made: Config, parts: tuple[
     assert "\n" not in str(error.value)
     for part in parts:
         assert part in str(error.value)
+
+
+@dataclass(frozen=True)
+class Chip:
+    id: int
+    process_index: int
+    coords: tuple[int, ...]
+    platform: str = "tpu"
+    slice_index: int = 0
+
+
+def test_chips_stand_along_the_first_axis_first() -> None:
+    """Not by host, which has 2 × 2 × 1 of them: only so XLA sees the rings of a v5p slice."""
+    places = [(slice_, x, y, z) for slice_, x, y, z in itertools.product(range(2), range(4), range(4), range(2))]
+    chips = [
+        Chip(i, 16 * s + x // 2 + 2 * (y // 2) + 4 * z, (x, y, z), slice_index=s)
+        for i, (s, x, y, z) in enumerate(places)
+    ]
+    given: list[Any] = [chips[i] for i in np.random.default_rng(0).permutation(len(chips))]
+    made = make_mesh(config(2, 2, 16, batch=64), devices=given).devices.flat
+    assert [(chip.slice_index, *chip.coords[::-1]) for chip in made] == [
+        (s, z, y, x) for s, z, y, x in itertools.product(range(2), range(2), range(4), range(4))
+    ]
