@@ -47,6 +47,8 @@ smoke: $(VENV)/installed-dev
 	$(BIN)/python generate.py --workdir=runs/smoke --prompt="The state of the Union is" --max_tokens=16
 	PYTHON=$(BIN)/python scripts/launch_local.sh 2 --workdir=runs/smoke-2 --config.mesh.expert=2 --config.train.steps=4
 	$(PYTEST) tests/training tests/commands tests/config tests/data tests/run tests/runtime
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[dev,tpu]"
+	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -n auto --maxprocesses=8 tests/programs/test_tpu.py -m tpu -k every_kind
 
 test-all: $(VENV)/installed-dev
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[dev,gpu,hf,lm-eval,notebook,tpu]"

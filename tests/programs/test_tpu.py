@@ -44,6 +44,14 @@ FEATURES: dict[str, tuple[str, ...]] = {
 CASES = sorted(pairwise(["v5e:4x8", "v6e:4x8"], *[[False, True]] * len(FEATURES)))
 
 
+@pytest.mark.parametrize("topology", ["v5e:2x2", "v5p:2x2x1", "v6e:2x2", "tpu7x:2x2x1"])
+def test_every_kind(topology: str) -> None:
+    """This Python's libtpu takes the default options of each: `make smoke` runs this test alone."""
+    small = "model.structure=dense", "model.num_layers=1", "model.latent_norm=none", "model.num_shared_experts=0"
+    made = compiled(topology, "step", *small, "mesh.expert=1", "mesh.fsdp=True")
+    assert made["step"]["memory"]["total"] < made["available"]
+
+
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case_name(FEATURES, case))
 def test_programs(case: tuple[Any, ...]) -> None:
     topology, *on = case
