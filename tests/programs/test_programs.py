@@ -4,13 +4,12 @@ import dataclasses
 import math
 
 import jax
-import numpy as np
 import pytest
-from model.tools import leaves, on_mesh, tiny
+from model.tools import on_mesh, tiny
 
 from bigmac_jax.config import Config, ConfigError, DataConfig, ExecutionConfig, MeshConfig, ModelConfig
 from bigmac_jax.inference.decoding import DRAFTED
-from bigmac_jax.model.parameters import map_declared
+from bigmac_jax.model.parameters import map_declared, named_leaves
 from bigmac_jax.model.transformer import init_model
 from bigmac_jax.planning import hlo
 from bigmac_jax.planning.abstract_programs import NAMES, make_program
@@ -83,21 +82,15 @@ def test_every_parameter_declares_itself() -> None:
                   latent_norm="gate", num_shared_experts=1, tie_embeddings=False, balance="bias")  # fmt: skip
     with on_mesh(config):
         model = jax.jit(lambda key: init_model(config, key))(jax.random.key(0))
-        dims = leaves(map_declared(lambda of, _: np.asarray(of.dims), model))
-        small = leaves(map_declared(lambda of, _: np.asarray(of.small), model))
-        shards = leaves(jax.tree.map(lambda leaf: np.asarray(leaf.sharding.shard_shape(leaf.shape)), model))
-    for name, leaf in shards.items():
+    dims, small = (named_leaves(map_declared(of, model)) for of in (lambda d, _: d.dims, lambda d, _: d.small))
+    for name, leaf in named_leaves(model).items():
         if name.endswith("router_bias_E"):
             continue
         letters = name.rpartition("_")[2]
-        assert str(dims[name]) == letters, name
-        assert len(leaf) == len(letters) + name.startswith("layers."), name
-        whole = math.prod(leaf) == model_size(model, name)
-        assert whole <= bool(small[name]), name
-
-
-def model_size(model: object, name: str) -> int:
-    return leaves(jax.tree.map(lambda leaf: np.asarray(leaf.size), model))[name]
+        assert dims[name] == letters, name
+        shard = leaf.sharding.shard_shape(leaf.shape)
+        assert len(shard) == len(letters) + name.startswith("layers."), name
+        assert (shard == leaf.shape) <= small[name], name
 
 
 @pytest.mark.parametrize(
