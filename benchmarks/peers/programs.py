@@ -8,7 +8,8 @@ same way: python -m benchmarks.peers.programs [ROW…].
 A row is a model, a slice and a way to split it. Programs stay in --folder as text: what is there is not compiled again.
 A program's local work is the compiler's estimate of its instructions; a kernel, which has none, counts as the longer of
 its FLOPs at half the peak and its bytes over the bandwidth. Collectives take what the hardware file says; "exposed" is
-what nothing runs beside. MaxText runs with settings of its own recipes, each tried; the fastest of a row stands.
+what nothing runs beside. MaxText runs with settings of its own recipes, each tried; the fastest of a row stands. Ours
+sums gradients over ranks in float32, which is its default, and in bfloat16, which is what MaxText does.
 """
 
 import argparse
@@ -41,6 +42,7 @@ MODELS = {
     "qwen3_30b": ((), "qwen3-30b-a3b", 32),
     "mixtral_8x7b": (MIXTRAL, "mixtral-8x7b", 8),
 }  # the last: expert ranks
+OURS = {"ours": (), "ours, bfloat16 sums": ("execution.reduce_dtype=bfloat16",)}
 SPARSE = ("sparse_matmul=true", "megablox=true")
 BUFFER = "ragged_buffer_factor=1.25"  # rows that find no room in it are dropped
 RING = ("use_ring_of_experts=true", "use_ragged_sort=true", BUFFER)
@@ -103,11 +105,12 @@ def main() -> None:
     parser.add_argument("--table", action="store_true", help="Compile nothing; print docs/peers.md's table.")
     parser.add_argument("--picture", type=pathlib.Path, help="A file for the bars of what is in --folder.")
     parser.add_argument("--ours", type=pathlib.Path, help=argparse.SUPPRESS)  # compiles one row of ours into this file
+    parser.add_argument("--case", choices=OURS, help=argparse.SUPPRESS)
     given = parser.parse_args()
     chosen = [row for row in rows() if not given.rows or row.name.startswith(tuple(given.rows))]
     if given.ours:
         (row,) = chosen
-        return compile_ours(row, given.ours)
+        return compile_ours(row, OURS[given.case], given.ours)
     given.folder.mkdir(parents=True, exist_ok=True)
     found: dict[str, dict[str, dict[str, Any]]] = {}
     for row in chosen:
@@ -139,8 +142,8 @@ def program_file(folder: pathlib.Path, row: Row, case: str) -> pathlib.Path:
 
 def commands(row: Row, folder: pathlib.Path, maxtext_python: str) -> dict[str, list[str]]:
     """What compiles each case: ours, and MaxText's by settings."""
-    ours = [sys.executable, "-m", "benchmarks.peers.programs", row.name, "--ours"]
-    found = {"ours": [*ours, str(program_file(folder, row, "ours"))]}
+    ours = [sys.executable, "-m", "benchmarks.peers.programs", row.name, "--case"]
+    found = {case: [*ours, case, "--ours", str(program_file(folder, row, case))] for case in OURS}
     for name, settings in row.peers.items():
         file = str(program_file(folder, row, name).resolve())
         found[name] = [maxtext_python, "-m", "benchmarks.peers.maxtext_program", file, *settings]
@@ -158,11 +161,11 @@ def reason(stderr: str) -> str:
     return next((line for line in reversed(lines) if "Error" in line and not line.startswith(" ")), lines[-1])[:300]
 
 
-def compile_ours(row: Row, file: pathlib.Path) -> None:
+def compile_ours(row: Row, fields: tuple[str, ...], file: pathlib.Path) -> None:
     """Compiles our step, as `bigmac plan --compile` does, into a file."""
     import importlib.metadata
 
-    config = load_config("qwen3_30b", row.fields)
+    config = load_config("qwen3_30b", (*row.fields, *fields))
     compiled = compiled_programs.compile_program(config, absent_devices(parse_topology(row.topology)))
     file.write_text(compiled.text)
     versions = {name: importlib.metadata.version(name) for name in ("jax", "libtpu")}
@@ -204,12 +207,12 @@ def _step(measured: dict[str, Any]) -> float:
 
 def fastest(cases: dict[str, dict[str, Any]]) -> str:
     """The peer's settings with the least local work and exposed collectives; "" where none compiled."""
-    peers = {name: _step(measured) for name, measured in cases.items() if name != "ours"}
+    peers = {name: _step(measured) for name, measured in cases.items() if name not in OURS}
     return min(peers, key=peers.__getitem__) if peers else ""
 
 
 def table(found: dict[str, dict[str, dict[str, Any]]]) -> str:
-    """Markdown: each row's local work, exposed seconds and memory, ours and the peer's fastest, and their ratio."""
+    """Markdown: each row's local work, exposed seconds and memory, ours and the peer's fastest."""
     of: dict[str, Callable[[dict[str, Any]], str]] = {
         "local work": lambda m: f"{m['work_s']:.3f} s",
         "exposed": lambda m: f"{m['exposed_s']:.3f} of {m['collectives_s']:.3f} s",
@@ -218,8 +221,8 @@ def table(found: dict[str, dict[str, dict[str, Any]]]) -> str:
     lines = [f"| row | | {' | '.join(of)} | both |", "|---" * (len(of) + 3) + "|"]
     for name, cases in found.items():
         peer = fastest(cases)
-        for case in [case for case in ("ours", peer) if case in cases]:
-            label = f"MaxText, {case}" if case != "ours" else "this project"
+        for case in [case for case in (*OURS, peer) if case in cases]:
+            label = case.replace("ours", "this project") if case in OURS else f"MaxText, {case}"
             cells = " | ".join(show(cases[case]) for show in of.values())
             lines.append(f"| {name if case == 'ours' else ''} | {label} | {cells} | {_step(cases[case]):.3f} s |")
     return "\n".join(lines)
@@ -229,17 +232,17 @@ def draw(found: dict[str, dict[str, dict[str, Any]]], file: pathlib.Path) -> Non
     """Bars of local work and, on top, exposed collectives: ours beside the peer's fastest."""
     from matplotlib.figure import Figure
 
-    names = [name for name, cases in found.items() if "ours" in cases and fastest(cases)]
-    figure = Figure(figsize=(8, 1 + 0.7 * len(names)), layout="constrained")
+    bars = dict(zip(OURS, ("tab:blue", "tab:green"), strict=True)) | {"": "tab:orange"}
+    names = [name for name, cases in found.items() if cases.keys() >= set(OURS) and fastest(cases)]
+    figure = Figure(figsize=(8, 1 + 0.8 * len(names)), layout="constrained")
     axes = figure.add_subplot()
-    for offset, color, label, of in (
-        (-0.2, "tab:blue", "this project", lambda cases: cases["ours"]),
-        (0.2, "tab:orange", "MaxText, its fastest settings", lambda cases: cases[fastest(cases)]),
-    ):
-        places = [i + offset for i in range(len(names))]
-        work, exposed = ([of(found[name])[key] for name in names] for key in ("work_s", "exposed_s"))
-        axes.barh(places, work, 0.35, color=color, label=f"{label}: local work")
-        axes.barh(places, exposed, 0.35, left=work, color=color, alpha=0.4, label=f"{label}: exposed collectives")
+    for bar, (case, color) in enumerate(bars.items()):
+        label = case.replace("ours", "this project") or "MaxText, its fastest settings"
+        places = [i + 0.27 * (bar - 1) for i in range(len(names))]
+        of = [found[name][case or fastest(found[name])] for name in names]
+        work, exposed = ([cell[key] for cell in of] for key in ("work_s", "exposed_s"))
+        axes.barh(places, work, 0.24, color=color, label=f"{label}: local work")
+        axes.barh(places, exposed, 0.24, left=work, color=color, alpha=0.4, label=f"{label}: exposed collectives")
     axes.set_yticks(range(len(names)), names)
     axes.invert_yaxis()
     axes.set_xlabel("seconds of a step, by the compiler's estimates and the hardware file")

@@ -5,7 +5,7 @@ import pathlib
 
 import pytest
 
-from benchmarks.peers.programs import draw, fastest, measure, reason, rows, table
+from benchmarks.peers.programs import OURS, draw, fastest, measure, reason, rows, table
 from bigmac_jax.config import load_config
 from bigmac_jax.planning.topologies import parse_topology
 
@@ -47,6 +47,7 @@ def test_a_program_is_measured(tmp_path: pathlib.Path) -> None:
 def test_the_fastest_settings_of_a_peer_stand(tmp_path: pathlib.Path) -> None:
     cases = {
         "ours": {"work_s": 1.0, "exposed_s": 0.5, "collectives_s": 0.75, "memory_gib": 10.0},
+        "ours, bfloat16 sums": {"work_s": 1.0, "exposed_s": 0.25, "collectives_s": 0.5, "memory_gib": 9.0},
         "ring": {"work_s": 1.0, "exposed_s": 1.0, "collectives_s": 1.5, "memory_gib": 12.0},
         "ragged": {"work_s": 1.5, "exposed_s": 0.25, "collectives_s": 0.5, "memory_gib": 11.0},
     }
@@ -54,6 +55,7 @@ def test_the_fastest_settings_of_a_peer_stand(tmp_path: pathlib.Path) -> None:
     lines = table({"a": cases, "b": {"ours": cases["ours"]}}).splitlines()
     assert lines[2:] == [
         "| a | this project | 1.000 s | 0.500 of 0.750 s | 10.0 GiB | 1.500 s |",
+        "|  | this project, bfloat16 sums | 1.000 s | 0.250 of 0.500 s | 9.0 GiB | 1.250 s |",
         "|  | MaxText, ragged | 1.500 s | 0.250 of 0.500 s | 11.0 GiB | 1.750 s |",
         "| b | this project | 1.000 s | 0.500 of 0.750 s | 10.0 GiB | 1.500 s |",
     ]
@@ -72,6 +74,8 @@ def test_rows_are_valid_and_as_large_as_their_slices() -> None:
     assert len({row.name for row in found}) == len(found) == 12
     for row in found:
         config, chips = load_config("qwen3_30b", row.fields), 1
+        sums = [load_config("qwen3_30b", (*row.fields, *fields)).execution.reduce_dtype for fields in OURS.values()]
+        assert sums == ["float32", "bfloat16"]
         for size in parse_topology(row.topology).shape:
             chips *= size
         assert config.data.batch_size == chips and config.data.sequence_length == 4096
