@@ -26,6 +26,7 @@ def read(cache: pathlib.Path, split: str = "train", **data: str) -> list[str]:
 # --- the embedded corpus ---
 
 
+@pytest.mark.full
 def test_sotu_splits_by_year(sotu):
     config, _, streams = sotu
     assert {s: stream.counts.documents for s, stream in streams.items()} == {"train": 224, "validation": 15, "test": 10}

@@ -145,6 +145,7 @@ def test_streaming_gives_the_same_in_pieces(generator: Generator, greedy: list[C
     assert "".join(pieces) == greedy[3].text and len(pieces) == NEW
 
 
+@pytest.mark.full
 def test_parts_of_a_list_give_what_the_whole_list_gives(generator: Generator) -> None:
     requests = [Request(PROMPTS[0], Sampling(max_tokens=NEW, temperature=3.0, ignore_eos=True))] * 2
     numbers: list[int] = []
@@ -171,6 +172,7 @@ def test_a_prompt_whose_bucket_exceeds_the_learned_positions() -> None:
     assert beside.tokens == alone.tokens
 
 
+@pytest.mark.full
 def test_each_is_done_once(generator: Generator, greedy: list[Completion]) -> None:
     """Its first token and its second may be looked at together."""
     done: list[tuple[int, Completion]] = []

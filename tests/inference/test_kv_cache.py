@@ -28,10 +28,8 @@ MODELS: dict[str, dict[str, Any]] = {
 }
 QUICK_CASES = [
     ("dense", "2x2", "present"),
-    ("fine_grained", "1x1", "gated"),
     ("fine_grained", "tensor", "paper"),
     ("bigmac", "1x1", "hybrid"),
-    ("bigmac", "heads", "present"),  # two key-value heads on four ranks of tensor
 ]
 
 
@@ -134,7 +132,7 @@ def test_a_decoder_has_the_matrix_and_no_network() -> None:
         assert (value.shape[1:], str(value.dtype)) == (shape, "float32")
 
 
-@pytest.mark.parametrize("weights", ["", "int8"])
+@pytest.mark.parametrize("weights", ["", pytest.param("int8", marks=pytest.mark.full)])
 def test_what_fsdp_split_is_gathered_once(weights: str) -> None:
     """The same numbers, on each rank those that it computes with: of experts its own, of all else all."""
     config = tiny((2, 1, 2, 1, True, False), batch=ROWS, length=LENGTH)
@@ -212,6 +210,7 @@ def test_nothing_of_other_requests_is_read(mesh: str) -> None:
             np.testing.assert_array_equal(logits, expected)
 
 
+@pytest.mark.full
 def test_what_is_gathered_in_fewer_bits_is_rounded_in_a_loop_too() -> None:
     """A run in float32 that gathers in bfloat16 was trained with rounded weights."""
     config = config_of("bigmac", "1x8", "present", num_layers=2)

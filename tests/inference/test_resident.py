@@ -138,6 +138,7 @@ def assert_evaluates_as_on_the_device(config: Config, tolerance: float) -> Any:
     return of_plain
 
 
+@pytest.mark.full
 def test_a_task_is_answered_and_scored_with_experts_in_host_memory(tmp_path: pathlib.Path) -> None:
     """Of one command: what writes holds the model itself, what scores is given a held one."""
     (tmp_path / "rows.jsonl").write_text('{"q": "1", "a": "2"}')

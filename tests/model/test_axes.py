@@ -64,8 +64,9 @@ def test_equals_the_reference_everywhere(mesh: Mesh, structure: str, router: str
     check(build(mesh, structure, router, backbone, layout))
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
-    ("mesh", "backbone"), some([((2, 1, 1, 4, False, False), "gated"), ((2, 1, 2, 2, True, False), "paper")]), ids=name
+    ("mesh", "backbone"), [((2, 1, 1, 4, False, False), "gated"), ((2, 1, 2, 2, True, False), "paper")], ids=name
 )
 def test_dense_equals_the_reference(mesh: Mesh, backbone: str) -> None:
     check(tiny(mesh, structure="dense", **BACKBONES[backbone]))
@@ -80,7 +81,8 @@ def test_strategies_with_split_experts(exchange: str) -> None:
     )
 
 
-@pytest.mark.parametrize(("heads", "fsdp"), some([(1, True), (1, False), (2, False), (2, True)], every=4))
+@pytest.mark.full
+@pytest.mark.parametrize(("heads", "fsdp"), [(1, True), (1, False), (2, False), (2, True)])
 def test_fewer_key_value_heads_than_tensor_ranks(heads: int, fsdp: bool) -> None:
     """Each rank takes the head that its query heads ask; the ranks that share one add up its gradient."""
     check(tiny((1, 1, 2, 4, fsdp, False), num_kv_heads=heads, **(PAPER | {"tie_embeddings": not fsdp})))

@@ -156,9 +156,8 @@ def test_histograms_come_near_the_quantiles(mesh: tuple[int, ...], monkeypatch: 
     np.testing.assert_allclose(found, expected, atol=np.abs(expected - bias_E).max() / 40)
 
 
-@pytest.mark.parametrize(
-    ("experts", "top_k", "spread"), [pytest.param(128, 8, 0.3, marks=pytest.mark.full), (64, 8, 0.02)]
-)
+@pytest.mark.full
+@pytest.mark.parametrize(("experts", "top_k", "spread"), [(128, 8, 0.3), (64, 8, 0.02)])
 def test_histograms_balance_scores_that_lie_close_together(
     experts: int, top_k: int, spread: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:

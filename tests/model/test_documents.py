@@ -126,7 +126,7 @@ def masked_batch(config: Config, rows_without: int) -> Batch:
     return jax.tree.map(split_batch, Batch(tokens[:, :-1], targets.astype(np.int32), np.broadcast_to(NUMBERS, (B, L))))
 
 
-@pytest.mark.parametrize("mesh", [(1, 1, 1), (1, 1, 2, 2)])
+@pytest.mark.parametrize("mesh", [(1, 1, 1), pytest.param((1, 1, 2, 2), marks=pytest.mark.full)])
 def test_the_loss_is_the_mean_over_the_targets(mesh: tuple[int, ...]) -> None:
     config = tiny(mesh, batch=B, length=L)
     with on_mesh(config):

@@ -11,7 +11,7 @@ from jax import Array
 from bigmac_jax.model import experts, moe
 from bigmac_jax.model.kernels import grouped_matmul
 
-from .tools import PAPER, assert_close, loss_and_gradients, on_mesh, some, tiny
+from .tools import PAPER, assert_close, loss_and_gradients, on_mesh, tiny
 
 N, E, R, F = 40, 4, 16, 24
 
@@ -155,9 +155,8 @@ def test_the_gradient_of_a_bias_is_summed_in_float32() -> None:
     np.testing.assert_array_equal(d_b_eY, [[0, 0], [4096, 4096], [3, 3]])
 
 
-@pytest.mark.parametrize(
-    ("implementation", "bias"), some([("kernel", True), ("batched", True), ("blocks", False)], every=3)
-)
+@pytest.mark.full
+@pytest.mark.parametrize(("implementation", "bias"), [("kernel", True), ("batched", True), ("blocks", False)])
 def test_a_gate_beside_w_in_changes_nothing(implementation: str, bias: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """What is gathered narrowly is cast, and so gathered as one; the numbers are those of two parameters."""
     fields = {"gated": True, "use_bias": bias, "grouped_matmul": implementation, "gather_dtype": "bfloat16"}

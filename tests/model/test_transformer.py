@@ -31,7 +31,11 @@ from .tools import (  # fmt: skip
 
 @pytest.mark.parametrize(
     "model",
-    [PRESENT | {"num_kv_heads": 1}, PAPER, PRESENT | {"positions": "none", "structure": "fine_grained"}],
+    [
+        PRESENT | {"num_kv_heads": 1},
+        pytest.param(PAPER, marks=pytest.mark.full),
+        pytest.param(PRESENT | {"positions": "none", "structure": "fine_grained"}, marks=pytest.mark.full),
+    ],
     ids=["rope", "learned", "none"],
 )
 def test_causal(model: dict[str, Any]) -> None:
@@ -74,6 +78,7 @@ def test_offload_gives_the_bits_of_layer() -> None:
         np.testing.assert_array_equal(gradients[name], gradient, err_msg=name)
 
 
+@pytest.mark.full
 def test_remat_recomputes() -> None:
     configs = {remat: tiny((1, 1, 2), dropout=0.3, remat=remat) for remat in ("none", "layer", "exchange", "offload")}
     sent = {remat: backward(config) for remat, config in configs.items()}
@@ -87,12 +92,13 @@ def test_remat_recomputes() -> None:
     assert {kept[2] for remat, kept in sent.items() if remat != "offload"} == {0}
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     ("exchange", "mesh", "wire_dtype"),
     [
         ("all_to_all", (1, 1, 4), "float32"),
-        pytest.param("dedup", (1, 1, 4), "int8", marks=pytest.mark.full),
-        pytest.param("hierarchical", (1, 2, 2), "bfloat16", marks=pytest.mark.full),
+        ("dedup", (1, 1, 4), "int8"),
+        ("hierarchical", (1, 2, 2), "bfloat16"),
     ],
 )
 def test_what_crossed_is_kept(exchange: str, mesh: tuple[int, ...], wire_dtype: str) -> None:

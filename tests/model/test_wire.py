@@ -62,7 +62,7 @@ def payload(found: list[Collective], width: int) -> list[Collective]:
             for formats in (("bfloat16", "float32"), ("int8", "float8_e4m3"), ("float8_e4m3", ""))
             for name in STRATEGIES
         ],
-        every=3,
+        every=6,
     ),
 )
 def test_every_payload_crosses_in_its_format(name: str, forward: str, backward: str) -> None:
@@ -98,7 +98,8 @@ def test_gather_adds_in_float32_where_float32_crosses() -> None:
             ("hierarchical", "int8"),
             ("dedup", "float8_e4m3"),
             ("ragged", "bfloat16"),
-        ]
+        ],
+        every=5,
     ),
 )
 def test_the_layer_moves_by_the_formats_error(name: str, format: str) -> None:

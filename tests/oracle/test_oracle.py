@@ -202,6 +202,7 @@ def _difference(case: Case, name: str, a: Any, b: Any, expected: Expected) -> tu
 
 SMALL = {"hidden_size": 16, "num_heads": 2, "num_experts": 4, "top_k": 2, "expert_hidden_size": 8, "norm_eps": 1e-2}
 QUICKLY = {"unroll_layers": 1, "exchange": "gather", "attention": "xla", "grouped_matmul": "blocks"}
+MADE = "two of three choices, a matrix that is made"
 FIXED = {
     "padding, parts of one row, two ranks": made(
         1,
@@ -212,7 +213,7 @@ FIXED = {
         padded=True,
         execution=QUICKLY,
     ),
-    "two of three choices, a matrix that is made": made(
+    MADE: made(
         3,
         SMALL | {"num_layers": 1, "top_k": 3, "router": "hyper", "hyper_width": 6, "balance_coefficient": 0.05},
         (1, 1, 2, 1),
@@ -233,7 +234,10 @@ FIXED = {
 }
 
 
-@pytest.mark.parametrize("case", FIXED.values(), ids=FIXED.keys())
+@pytest.mark.parametrize(
+    "case", [pytest.param(case, marks=[pytest.mark.full] if name == MADE else []) for name, case in FIXED.items()],
+    ids=FIXED.keys(),
+)  # fmt: skip
 def test_fixed(case: Case) -> None:
     check(case)
 

@@ -88,10 +88,8 @@ def test_the_fastest_is_the_searchs_first() -> None:
     assert fastest(CONFIG, with_memory(1)) == []
 
 
-@pytest.mark.parametrize(
-    ("devices", "strong"),
-    [([8, 16], False), *(pytest.param([8, 16, 32, 64], strong, marks=pytest.mark.full) for strong in (False, True))],
-)
+@pytest.mark.full
+@pytest.mark.parametrize(("devices", "strong"), [([8, 16], False), ([8, 16, 32, 64], False), ([8, 16, 32, 64], True)])
 def test_points_are_those_of_the_search(devices: list[int], strong: bool) -> None:
     """4 sequences on each device; and the same 32 on all."""
     found = scale(SMALL, Scale(devices, strong), lambda n: Machine(n, H100))

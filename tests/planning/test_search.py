@@ -45,6 +45,7 @@ def with_memory(size: float, devices: int = 8) -> Machine:
     return Machine(devices, replace(H100, memory_bytes=size), headroom=0)
 
 
+@pytest.mark.full
 def test_what_fits_alone() -> None:
     """Where all fits, some does and nothing does: in the same order, but for what recomputes though all fits whole."""
     sizes = sorted(sum(v.memory.values()) for v in variants(CONFIG, EIGHT))
@@ -90,6 +91,7 @@ def test_of_equally_fast_ones_the_smallest_comes_first(monkeypatch: pytest.Monke
     assert left == sorted(left, reverse=True) and left[0] > left[-1]
 
 
+@pytest.mark.full
 def test_moments_go_to_host_memory_where_nothing_fits_without() -> None:
     """On each mesh by itself, and nowhere on a machine that is not known to have any."""
     smallest = [v for v in variants(CONFIG, with_memory(1.0)) if not v.config.execution.offload_optimizer]
@@ -129,6 +131,7 @@ def test_of_two_that_fit_whole_the_one_without_copies_is_faster() -> None:
     assert found.index("layer") < found.index("offload")
 
 
+@pytest.mark.full
 def test_order() -> None:
     found = search(CONFIG, EIGHT)
     assert all(c.fits and c.headroom >= 0.15 for c in found)
@@ -191,6 +194,7 @@ def test_a_candidate_is_what_it_says() -> None:
         assert c.headroom == 1 - sum(c.memory.values()) / H100.memory_bytes
 
 
+@pytest.mark.full
 def test_what_make_mesh_refuses_is_not_tried() -> None:
     """Between hosts of 8, expert × tensor ranks of one node lie in one host; and `tensor` never leaves it."""
     config = replace(CONFIG, data=replace(CONFIG.data, batch_size=64))

@@ -51,6 +51,7 @@ def idle(server: Server) -> None:
         time.sleep(0.05)
 
 
+@pytest.mark.full
 def test_the_openai_client_completes(client: openai.OpenAI) -> None:
     given: dict[str, Any] = {"model": "run", "prompt": "the state of", "max_tokens": 8, "seed": 3}
     one = client.completions.create(**given, temperature=0)
@@ -64,6 +65,7 @@ def test_the_openai_client_completes(client: openai.OpenAI) -> None:
     assert two.choices[0].text == "the state of" + one.choices[0].text and two.choices[1].text.startswith("the")
 
 
+@pytest.mark.full
 def test_the_openai_client_streams(client: openai.OpenAI) -> None:
     given: dict[str, Any] = {"model": "run", "max_tokens": 12, "seed": 3, "temperature": 1.5}
     messages: Any = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Peace"}]

@@ -718,7 +718,7 @@ class Fake:
         return connection
 
 
-@pytest.mark.parametrize(("what", "code"), [("template", 0), ("engine", 1)])
+@pytest.mark.parametrize(("what", "code"), [("template", 0), pytest.param("engine", 1, marks=pytest.mark.full)])
 def test_a_drained_server_ends_whatever_is_stuck(what: str, code: int) -> None:
     """In a time that is known: that of --drain, and a few seconds of grace; 30 in all by default."""
     with Fake(what) as fake:
@@ -733,7 +733,7 @@ def test_a_drained_server_ends_whatever_is_stuck(what: str, code: int) -> None:
     assert Limits.drain + 5 < 30
 
 
-@pytest.mark.parametrize("second", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("second", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.full)])
 def test_a_second_signal_ends_it_at_once(second: signal.Signals) -> None:
     with Fake("engine") as fake:
         connection = fake.send(COMPLETIONS, SHORT | {"max_tokens": 20})

@@ -75,6 +75,7 @@ def check(workdir: pathlib.Path, starts: int) -> list[dict[str, Any]]:
     return [{update.key: json.loads(update.value_json) for update in run.config.update} for run in runs]
 
 
+@pytest.mark.full
 def test_two_starts_hold_every_record(tmp_path: pathlib.Path) -> None:
     (tmp_path / "config.json").write_text('{"model": {"top_k": 2}}')
     records = [

@@ -106,7 +106,8 @@ def test_the_loss_and_its_gradient(mesh: tuple[int, ...]) -> None:
         np.testing.assert_allclose(found[name], gradient[name], atol=2e-5, err_msg=name)
 
 
-@pytest.mark.parametrize("mesh", [(1, 1, 1), pytest.param((1, 2, 2), marks=pytest.mark.full)])
+@pytest.mark.full
+@pytest.mark.parametrize("mesh", [(1, 1, 1), (1, 2, 2)])
 def test_a_wider_teacher(mesh: tuple[int, ...]) -> None:
     """Its predictions are learned alone."""
     config = student_of(mesh, 0.7, 0.0)

@@ -63,7 +63,7 @@ def test_weight_decay_reaches_the_matrices_alone() -> None:
     assert matrices <= {name.split(".")[-1] for name in leaves(params)}
 
 
-@pytest.mark.parametrize("name", ["adamw", "muon"])
+@pytest.mark.parametrize("name", ["adamw", pytest.param("muon", marks=pytest.mark.full)])
 def test_the_rate_of_the_projections(name: str) -> None:
     """From a selection W↓ and W↑ move an eighth as far, decay included; all else, the gate's W_g too, as it did."""
     config, updates = tiny(latent_norm="gate"), {}

@@ -109,7 +109,9 @@ def test_parts_that_solve_quantiles_for_themselves(mesh: tuple[int, int, int]) -
     assert np.abs(first_YE - second_YE).max() > 1e-3
 
 
-@pytest.mark.parametrize(("remat", "top_ks"), [("none", 2), ("layer", 3), ("exchange", 3)])
+@pytest.mark.parametrize(
+    ("remat", "top_ks"), [("none", 2), pytest.param("layer", 3, marks=pytest.mark.full), ("exchange", 3)]
+)
 def test_what_evens_a_step_is_computed_once(remat: str, top_ks: int) -> None:
     """One top-k is its own, one chooses; where a layer is computed again, it chooses again."""
     config = tiny(balance="quantile", balance_step="same", remat=remat)
@@ -201,6 +203,7 @@ def lowered(**optimizer: Any) -> tuple[str, str]:
         return step_program(config, mesh, trainer).lower().as_text(), trainer.init.lower(jax.random.key(0)).as_text()
 
 
+@pytest.mark.full
 def test_the_schedule_is_no_part_of_the_programs() -> None:
     """So a run with more steps, or another rate, finds its programs in the cache."""
     base = lowered()
@@ -209,7 +212,7 @@ def test_the_schedule_is_no_part_of_the_programs() -> None:
     assert lowered(weight_decay=0.2)[0] != base[0]
 
 
-@pytest.mark.parametrize("chunks", [1, 2])
+@pytest.mark.parametrize("chunks", [1, pytest.param(2, marks=pytest.mark.full)])
 def test_compiler_options_reach_the_step(chunks: int, monkeypatch: pytest.MonkeyPatch) -> None:
     def options(device: Any, overlap: bool, given: dict[str, Any], **_: bool) -> dict[str, bool]:
         return {f"xla_of_{device.platform}_{overlap}": True} | given

@@ -104,6 +104,7 @@ def test_what_run_json_does_not_say_is_not_known(values: dict[str, Any] | None, 
     assert read_run_json(tmp_path) == {"data": {}, "mesh": {}, "edition": {}}
 
 
+@pytest.mark.full
 def test_a_checkpoint_under_another_name_is_passed_over(copied: Any, caplog: Any) -> None:
     """Two directories that were swapped."""
     _, workdir = copied

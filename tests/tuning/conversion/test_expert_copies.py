@@ -29,7 +29,7 @@ SPARSE: dict[str, dict[str, Any]] = {
     )
 }  # fmt: skip
 SPARSE |= {router: {"router": router, "router_scale": 2.0} for router in ("affine", "frozen")}
-CHEAP = ("softmax, renormalised, bias", "softmax, as it is, quantile", "sigmoid, as it is, aux_loss")
+CHEAP = ("softmax, as it is, quantile", "sigmoid, as it is, aux_loss")
 
 
 def _same(config: Config, change: Any) -> Any:
