@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import pathlib
+import subprocess
 import sys
 import threading
 import time
@@ -16,7 +17,7 @@ import pytest
 from bigmac_jax.config import ConfigError
 from bigmac_jax.runtime import leases, watchdog
 from bigmac_jax.runtime.clock import Clock, process_start
-from bigmac_jax.runtime.watchdog import Watchdog, _join, _Peer
+from bigmac_jax.runtime.watchdog import Watchdog, _is_alive, _join, _Peer
 
 TIMEOUT = 100.0
 
@@ -626,3 +627,13 @@ def test_a_reader_that_leaves_ends_the_job_quietly(
     assert ended.call_args.args == (141,) and capsys.readouterr().err == ""
     job.tell()
     assert job.line(1) == "nobody reads what process 0 prints any more"
+
+
+def test_a_process_that_ended_is_not_alive_though_nobody_waited_for_it() -> None:
+    child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    assert _is_alive(child.pid)
+    child.kill()
+    os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)  # it stays, as a zombie
+    assert os.path.exists(f"/proc/{child.pid}") and not _is_alive(child.pid)
+    child.wait()
+    assert not _is_alive(child.pid)
