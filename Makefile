@@ -27,11 +27,11 @@ env: $(VENV)/installed
 test: $(VENV)/installed-dev
 	$(PYTEST)
 
-# Every program compiled for TPU slices that are not there. The extra brings the libtpu of this jax, which is the
-# compiler; a newer one can't always be read.
+# Every program compiled for TPU slices that are not there; PART=0/2 is a half of them, PART=1/2 the other. The extra
+# brings the libtpu of this jax, which is the compiler; a newer one can't always be read.
 test-programs: $(VENV)/installed-dev
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[dev,tpu]"
-	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -n auto --maxprocesses=8 tests/programs -m "tpu and not full"
+	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -n auto --maxprocesses=8 tests/programs -m "tpu and not full" $(if $(PART),--part=$(PART))
 
 # The same for hosts of GPUs; XLA's GPU compiler comes with jax's CUDA plugin (a few GB).
 test-programs-gpu: $(VENV)/installed-dev

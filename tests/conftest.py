@@ -55,7 +55,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--part", default="", metavar="N/16", help="of sixteen parts of the tests, those of part N")
+    parser.addoption("--part", default="", metavar="N/M", help="of M parts of the tests, those of part N modulo M")
     parser.addoption("--order", default="", help="of the files: by a hash of this and their names")
 
 
@@ -70,10 +70,10 @@ def pytest_pycollect_makeitem(collector: Any, obj: Any) -> list[Any] | None:
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     if wanted := config.getoption("--part"):
-        number = int(wanted.removesuffix(f"/{part.PARTS}"))
-        others = [item for item in items if part.part_of(item.nodeid) != number]
+        number, parts = map(int, wanted.split("/"))
+        others = [item for item in items if part.part_of(item.nodeid, parts) != number % parts]
         config.hook.pytest_deselected(items=others)
-        items[:] = [item for item in items if part.part_of(item.nodeid) == number]
+        items[:] = [item for item in items if part.part_of(item.nodeid, parts) == number % parts]
     # With --no-loadscope-reorder workers take files in this order.
     if order := config.getoption("--order"):
         items.sort(key=lambda item: part.place_of(item.location[0], order))

@@ -1,6 +1,6 @@
 """Runs one of sixteen parts of the full suite: python tests/part.py [N]. Without a number it is the tree's own, by a
 hash of it: landing after landing all of them are run. So is the order of the files, of which the last may not be
-reached.
+reached. --number prints the tree's own.
 
 A test that fails here and fails on the parent commit too is reported and blocks nothing, nor does one that passes
 alone, or could not be compared. The exit code is 1 if one fails that passes there, or is not there, or if pytest could
@@ -87,8 +87,8 @@ def _stop(job: subprocess.Popen) -> int:
         job.wait()
 
 
-def part_of(name: str) -> int:
-    return _digest(name) % PARTS
+def part_of(name: str, parts: int = PARTS) -> int:
+    return _digest(name) % parts
 
 
 def place_of(file: str, order: str) -> int:
@@ -106,4 +106,7 @@ def git(*arguments: str) -> str:
 
 if __name__ == "__main__":
     tree = git("ls-tree", "-r", "HEAD")
-    sys.exit(main(int(sys.argv[1]) if len(sys.argv) > 1 else part_of(tree), tree))
+    if sys.argv[1:] == ["--number"]:
+        print(part_of(tree))
+    else:
+        sys.exit(main(int(sys.argv[1]) if len(sys.argv) > 1 else part_of(tree), tree))
