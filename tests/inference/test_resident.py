@@ -20,6 +20,7 @@ from bigmac_jax.model.resident import (
     HOST,
     Ring,
     check_resident,
+    compute_with_ring,
     hold,
     in_host,
     is_resident,
@@ -216,3 +217,20 @@ def test_the_config_keeps_its_own_where_no_flag_is_given() -> None:
     config = with_resident(config_of("dense first"), 2)
     assert with_resident(config, None) is config
     assert dataclasses.replace(config, execution=config_of("dense first").execution) == with_resident(config, 0)
+
+
+def test_a_layer_of_another_kind_lacks_no_experts() -> None:
+    assert not lacks_experts(SimpleNamespace()) and not lacks_experts(SimpleNamespace(mlp=None))
+
+
+@pytest.mark.parametrize("layers", [1, 2, 3])
+def test_each_layer_finds_its_experts_in_the_ring(layers: int) -> None:
+    """Round after round: of five layers, of which as many stand in slots."""
+    store = {"w": np.arange(10.0, dtype=np.float32).reshape(5, 2)}
+    layer = SimpleNamespace(mlp=SimpleNamespace(experts=None))
+    ring = Ring({"w": store["w"][:layers]}, np.int32(0), np.int32(0))
+    step = jax.jit(lambda store, ring: compute_with_ring(store, ring, layers, layer, lambda it: (it.mlp.experts["w"],)))
+    for number in range(12):
+        (own,), ring = step(store, ring)
+        np.testing.assert_array_equal(own, store["w"][number % 5])
+    assert layer.mlp.experts is None

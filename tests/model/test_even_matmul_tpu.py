@@ -1,5 +1,6 @@
 """The TPU's products of rows that each rank sent as many of, interpreted on CPU, against einsum."""
 
+import functools
 from typing import Any
 
 import jax
@@ -84,3 +85,25 @@ def test_a_tile_has_the_most_columns_that_fast_memory_takes(rows: int, X: int, i
 
 def test_a_tile_without_room_has_no_column() -> None:
     assert even_matmul_tpu._columns(512, 16384, 2) == 0
+
+
+def test_a_product_is_in_as_few_tiles_as_fast_memory_takes() -> None:
+    """Four ranks' 80 rows make a tile of 320, beside which 896 of the 4,096 columns have room."""
+    x, w = jax.ShapeDtypeStruct((8, 3, 80, 2048), "bfloat16"), jax.ShapeDtypeStruct((3, 2048, 4096), "bfloat16")
+    product = functools.partial(even_matmul_tpu._product, transposed=False, interpret=True)
+    (call,) = (e for e in jax.make_jaxpr(product)(x, w).eqns if e.primitive.name == "pallas_call")
+    assert call.params["grid_mapping"].grid == (3, 5, 2)
+
+
+@pytest.mark.parametrize(
+    ("rows", "X", "Y", "expected"),
+    [
+        (1024, 2048, 2048, (1024, 512)),  # 6 MiB of rows, twice, and 6 MiB of the sum and of what is written, twice
+        (1040, 2048, 2048, (512, 512)),
+        (2304, 2048, 2048, (512, 512)),
+        (2320, 2048, 2048, (256, 512)),
+        (64, 40, 24, (40, 24)),
+    ],
+)
+def test_a_tile_of_the_gradient(rows: int, X: int, Y: int, expected: tuple[int, int]) -> None:
+    assert even_matmul_tpu._outer_tile(rows, X, Y, 2) == expected

@@ -2,6 +2,7 @@
 
 import functools
 import math
+import re
 from typing import Any
 
 import jax
@@ -296,3 +297,14 @@ def test_gpt3_xl_has_the_papers_parameters(structure: str, paper: float) -> None
     routers, positions, biases = (layers - 1) * e * h, s * h, layers * e * (1 - r) * h
     assert count == formula + routers + positions + biases
     assert count == pytest.approx(formula, rel=0.005)
+
+
+@pytest.mark.parametrize("mesh", [(1, 1, 1), (1, 1, 1, 2)])
+def test_logits_are_summed_in_float32(mesh: tuple[int, ...]) -> None:
+    config = tiny(mesh, dtype="bfloat16")
+    with on_mesh(config):
+        model, tokens = abstract_model(config), split_tokens(random_tokens(config)[:, :-1])
+        program = jax.make_jaxpr(lambda model, tokens: model(tokens)[0])(model, tokens)
+    assert program.out_avals[0].dtype == np.float32
+    products = re.findall(r":(\w+)\[[^\n]* = dot_general\[.*?preferred_element_type=(\w+)", str(program), re.S)
+    assert products[-1] == ("f32", "float32")

@@ -591,6 +591,18 @@ def test_a_teacher_is_not_planned() -> None:
         plan("configs/tiny.py", ("tuning.teacher=other",))
 
 
+@pytest.mark.parametrize(("count", "older"), [(4, 7), (5, 6), (31, 1)])
+@pytest.mark.parametrize("evaluates", [False, True])
+def test_bytes_of_checkpoints_of_some_experts(count: int, older: int, evaluates: bool) -> None:
+    """Of 32 experts. Kept are the newest two, the last whole one, the best, and older ones' experts alone."""
+    config = load_config("tiny", [f"train.experts_per_checkpoint={count}", f"train.eval_every={int(evaluates)}"])
+    whole, partial = checkpoint_bytes(config), checkpoint_bytes(config, count)
+    one = checkpoint_bytes(config, 2) - checkpoint_bytes(config, 1)
+    assert partial == whole - (32 - count) * one and config.train.keep_checkpoints == 2
+    kept = 2 * partial + older * count * one + (1 + evaluates) * whole
+    assert _checkpoint(config) == {"bytes": whole, "partial_bytes": partial, "kept_bytes": kept}
+
+
 def test_a_dense_model_has_no_checkpoints_of_some_experts() -> None:
     dense = load_config("tiny", ["model.structure=dense", "train.experts_per_checkpoint=1"])
     assert _checkpoint(dense) == {"bytes": checkpoint_bytes(dense)}

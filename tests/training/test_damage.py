@@ -196,6 +196,14 @@ def test_large_files_are_left_to_the_thorough_check(tmp_path: pathlib.Path) -> N
     assert manifest.find_damage(tmp_path, thorough=False) == "large has 99,999 bytes, not 100,000"
 
 
+@pytest.mark.parametrize("size", [2**16, 2**16 + 1])
+def test_up_to_64_kib_are_always_read(size: int, tmp_path: pathlib.Path) -> None:
+    (tmp_path / "file").write_bytes(bytes(size))
+    manifest.write(tmp_path)
+    (tmp_path / "file").write_bytes(bytes(size - 1) + b"x")
+    assert (manifest.find_damage(tmp_path, thorough=False) is None) == (size > 2**16)
+
+
 def test_what_has_checksums_of_its_own_has_no_digest(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
     sizes = {"model/ocdbt.process_0/d/1": 100_000, "model/ocdbt.process_1/d/2": 1_000, "model/_METADATA": 100_000}
     for name, size in sizes.items():

@@ -200,3 +200,13 @@ def test_chunks(monkeypatch: pytest.MonkeyPatch, entries: int) -> None:
         for tokens in range(1, 61):
             fitting = [n for n in range(1, tokens + 1) if tokens % n == 0 and tokens // n * vocab <= entries]
             assert loss.num_chunks(tokens, vocab) == min(fitting, default=tokens), (tokens, vocab)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "vocab", "chunks"), [(64, 100, 8), (60, 100, 6), (7, 1000, 7), (7, 2000, 7), (10, 50, 1), (10, 100, 1)]
+)
+def test_the_fewest_equal_chunks_of_a_thousand_logits(
+    tokens: int, vocab: int, chunks: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loss, "_CHUNK_ENTRIES", {"cpu": 1000})
+    assert loss.num_chunks(tokens, vocab) == chunks

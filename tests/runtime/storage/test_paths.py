@@ -30,7 +30,7 @@ from bigmac_jax.training.checkpoint import Checkpoints
 from .conftest import entered
 
 
-def test_a_path(place: str) -> None:
+def test_a_path(place: str, tmp_path: pathlib.Path) -> None:
     folder = storage.locate(place, "workdir")
     assert storage.is_store(folder) and str(folder / "a") == f"{place}/a" and not folder.exists()
     storage.write_atomically(folder / "b" / "c.txt", b"one")
@@ -38,6 +38,8 @@ def test_a_path(place: str) -> None:
     before = storage.file_version(folder / "b" / "c.txt")
     storage.write_atomically(folder / "b" / "c.txt", b"four")
     assert (folder / "b" / "c.txt").read_bytes() == b"four" and storage.file_version(folder / "b" / "c.txt") != before
+    storage.fetch_file(folder / "b" / "c.txt", tmp_path / "new" / "folders" / "c.txt")
+    assert [path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()] == [b"four"]
     # In the order of paths, which is not that of their texts: a corpus has one order wherever it lies.
     assert storage.list_files(folder) == {folder / "b" / "c.txt": 4, folder / "b-d.txt": 5}
     assert list(storage.list_files(folder)) == [folder / "b" / "c.txt", folder / "b-d.txt"]

@@ -243,7 +243,6 @@ def loss_of(model: Any, windows: np.ndarray) -> float:
     return float(np.asarray(programs.evaluate(model, batch).nll_BL, np.float64).mean())
 
 
-@pytest.mark.full
 def test_upcycle_by_the_command(convert: Any) -> None:
     """A field that does not fit the experts is another one in the new run."""
     fields = ("model.structure=dense", "train.experts_per_checkpoint=4")
