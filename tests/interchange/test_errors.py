@@ -20,7 +20,7 @@ from model.tools import leaves, on_mesh, random_model
 from safetensors.numpy import load_file, save_file
 from threads_as_processes import run_as_processes
 
-from bigmac_jax.config import ConfigError
+from bigmac_jax.config import ConfigError, load_config
 from bigmac_jax.data.tokenizer import ByteTokenizer, JsonTokenizer, train_bpe
 from bigmac_jax.interchange import (
     export_model,
@@ -377,3 +377,12 @@ def test_a_shard_at_a_time_is_in_memory(tmp_path: pathlib.Path) -> None:
     write_shards(tmp_path, split_shards(specs, 1600), tensors())
     assert len(list(tmp_path.glob("*.safetensors"))) == 5
     assert 4 <= most <= 5  # a shard is four; one more is in the hands of whoever makes it
+
+
+def test_a_tokenizer_without_files_is_the_checkpoints_own(tmp_path: pathlib.Path) -> None:
+    """Its config names it. Another one is refused, as it gives other ids."""
+    config = load_config("tiny", ["data.tokenizer=bytes", "model.vocab_size=50304"])
+    found = find_tokenizer(tmp_path, config, [])
+    assert found and isinstance(found[0], ByteTokenizer)
+    with pytest.raises(ConfigError, match=r"data\.tokenizer=gpt2 gives other ids than the tokenizer of "):
+        find_tokenizer(tmp_path, config, ["data.tokenizer=gpt2"])
