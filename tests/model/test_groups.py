@@ -171,3 +171,10 @@ def test_an_experts_blocks_add_up_in_float32(implementation: str) -> None:
         return jax.jit(jax.grad(loss))(w)
 
     assert_close(gradient("bfloat16"), gradient("float32"), 0.003)
+
+
+@pytest.mark.parametrize(("block", "blocks"), [(4, 11), (1, 32), (32, 4), (100, 4)])
+def test_as_many_blocks_as_can_be_filled(block: int, blocks: int) -> None:
+    """Of 32 choices of four experts: whole ones, and each expert's last one, of a single row."""
+    made = jax.eval_shape(lambda expert_NK: group(expert_NK, 4, 0, block), jax.ShapeDtypeStruct((16, 2), "int32"))
+    assert made.block_nb.shape == (blocks, min(block, 32)) and made.expert_n.shape == (blocks,)
