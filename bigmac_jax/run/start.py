@@ -217,9 +217,7 @@ def _describe(config: Config, state: TrainState, tokens: int, step: int, origin:
     """Says what is trained, and where it begins."""
     hosts.say(config.describe())
     mesh = jax.sharding.get_mesh()
-    if config.model.is_moe and config.execution.exchange == "auto" and config.mesh.expert_ranks > 1:
-        hosts.say(describe_auto(config))
-    told = describe_first_pass(config), describe_copies(config, dict(mesh.shape))
+    told = describe_auto(config), describe_first_pass(config), describe_copies(config, dict(mesh.shape))
     for line in (*told, *describe_crossing(config, mesh.shape["data"], slices(mesh))):
         if line:
             hosts.say(line)

@@ -233,7 +233,9 @@ def dense_matmul_rate(dtype: str) -> float:
 
 
 def describe_auto(config: Config) -> str:
-    """Describes which exchange `auto` took, and why, in a line."""
+    """Describes which exchange `auto` took, and why, in a line; "" where there is nothing to choose."""
+    if not config.model.is_moe or config.execution.exchange != "auto" or config.mesh.expert_ranks == 1:
+        return ""
     seconds = predict_seconds(config, config.model.capacity_factor, tokens_at_a_time(config, ranks()))
     ordered = sorted(seconds, key=seconds.__getitem__)
     return f"exchange=auto took {ordered[0]}; predicted microseconds of a layer's exchanges, forward: " + ", ".join(

@@ -135,6 +135,16 @@ def test_auto_gives_the_reference_and_says_why() -> None:
     assert isinstance(chosen, STRATEGIES["all_to_all"])
 
 
+@pytest.mark.parametrize(
+    ("mesh", "fields"),
+    [((1, 1, 4), {"exchange": "gather"}), ((2, 1, 1), {"exchange": "auto"}), ((2, 1, 1), {"structure": "dense"})],
+)
+def test_where_there_is_nothing_to_choose_auto_says_nothing(mesh: tuple[int, ...], fields: dict[str, str]) -> None:
+    config = tiny(mesh, **fields)
+    with on_mesh(config):
+        assert describe_auto(config) == ""
+
+
 @pytest.mark.parametrize("sizes", [(1, 1), (1, 8), (2, 4)])
 def test_auto_takes_what_reads_a_finite_factor(sizes: tuple[int, int]) -> None:
     """As a config says of each strategy, and of `auto`, whether anything is dropped; an evaluation drops nothing."""
