@@ -75,7 +75,7 @@ class Row:
 
 
 def rows() -> Iterator[Row]:
-    """All rows: 4,096 tokens a chip, every layer recomputed, bfloat16 with float32 parameters and gradients."""
+    """All rows: 4,096 tokens a chip, every layer recomputed, bfloat16 with float32 parameters."""
     for model, (shape, peer, experts) in MODELS.items():
         for kind, (topology, peer_slice) in SLICES.items():
             chips = math.prod(parse_topology(topology).shape)
