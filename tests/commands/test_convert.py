@@ -61,3 +61,16 @@ def test_an_output_that_is_there_is_refused_before_the_model_is_read(convert: An
     for file_format in ("auto", "peft"):
         with pytest.raises(ConfigError, match=r"--output=.*run is there already; remove it, or give another one"):
             convert("export", workdir=str(tmp_path / "run"), output=str(tmp_path / "run"), format=file_format)
+
+
+@pytest.mark.parametrize("file_format", ["auto", "peft"])
+def test_a_run_without_a_checkpoint_is_named(
+    convert: Any, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, file_format: str
+) -> None:
+    for name in ("agree", "enter_mesh"):
+        monkeypatch.setattr(convert.program.cli, name, lambda *_, **__: None)
+    (tmp_path / "run").mkdir()
+    write_config(tmp_path).rename(tmp_path / "run" / "config.json")
+    with pytest.raises(ConfigError, match=r"run.* holds no checkpoint"):
+        convert("export", workdir=str(tmp_path / "run"), output=str(tmp_path / "new"), format=file_format)
+    assert not (tmp_path / "new").exists()
