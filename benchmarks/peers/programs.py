@@ -3,6 +3,7 @@ same way: python -m benchmarks.peers.programs [ROW…].
 
     python3.12 -m benchmarks.peers --setup      first: makes MaxText's environment; and pip install -e '.[tpu]' for ours
     python -m benchmarks.peers.programs qwen3_30b.v6e.fsdp
+    python -m benchmarks.peers.programs qwen3_30b.v6e.dropping --field=execution.overlap_chunks=8      ours so, too
     python -m benchmarks.peers.programs --table --picture=peers.png      of the programs that are in --folder
 
 A row is a model, a slice and a way to split it. Programs stay in --folder as text: what is there is not compiled again.
@@ -19,7 +20,7 @@ import os
 import pathlib
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,7 +43,7 @@ MODELS = {
     "qwen3_30b": ((), "qwen3-30b-a3b", 32),
     "mixtral_8x7b": (MIXTRAL, "mixtral-8x7b", 8),
 }  # the last: expert ranks
-OURS = {"ours": (), "ours, bfloat16 sums": ("execution.reduce_dtype=bfloat16",)}
+OURS: dict[str, Sequence[str]] = {"ours": (), "ours, bfloat16 sums": ("execution.reduce_dtype=bfloat16",)}
 SPARSE = ("sparse_matmul=true", "megablox=true")
 BUFFER = "ragged_buffer_factor=1.25"  # rows that find no room in it are dropped
 RING = ("use_ring_of_experts=true", "use_ragged_sort=true", BUFFER)
@@ -104,17 +105,17 @@ def main() -> None:
     parser.add_argument("--maxtext_python", default=".venv-peers-maxtext/bin/python", help="Python with MaxText.")
     parser.add_argument("--table", action="store_true", help="Compile nothing; print docs/peers.md's table.")
     parser.add_argument("--picture", type=pathlib.Path, help="A file for the bars of what is in --folder.")
+    parser.add_argument("--field", action="append", default=[], metavar="NAME=VALUE", help="Of one more case of ours.")
     parser.add_argument("--ours", type=pathlib.Path, help=argparse.SUPPRESS)  # compiles one row of ours into this file
-    parser.add_argument("--case", choices=OURS, help=argparse.SUPPRESS)
     given = parser.parse_args()
     chosen = [row for row in rows() if not given.rows or row.name.startswith(tuple(given.rows))]
     if given.ours:
         (row,) = chosen
-        return compile_ours(row, OURS[given.case], given.ours)
+        return compile_ours(row, given.field, given.ours)
     given.folder.mkdir(parents=True, exist_ok=True)
     found: dict[str, dict[str, dict[str, Any]]] = {}
     for row in chosen:
-        for case, command in commands(row, given.folder, given.maxtext_python).items():
+        for case, command in commands(row, given.field, given.folder, given.maxtext_python).items():
             file = program_file(given.folder, row, case)
             if not file.with_suffix(".json").exists():
                 if given.table or given.picture:
@@ -140,10 +141,12 @@ def program_file(folder: pathlib.Path, row: Row, case: str) -> pathlib.Path:
     return folder / f"{row.name}.{case.replace(', ', '_').replace(' ', '_')}.txt"
 
 
-def commands(row: Row, folder: pathlib.Path, maxtext_python: str) -> dict[str, list[str]]:
-    """What compiles each case: ours, and MaxText's by settings."""
-    ours = [sys.executable, "-m", "benchmarks.peers.programs", row.name, "--case"]
-    found = {case: [*ours, case, "--ours", str(program_file(folder, row, case))] for case in OURS}
+def commands(row: Row, fields: Sequence[str], folder: pathlib.Path, maxtext_python: str) -> dict[str, list[str]]:
+    """What compiles each case: ours, also with these fields, and MaxText's by settings."""
+    found = {}
+    for case, own in (OURS | ({f"ours, {', '.join(fields)}": fields} if fields else {})).items():
+        found[case] = [sys.executable, "-m", "benchmarks.peers.programs", row.name, *(f"--field={f}" for f in own)]
+        found[case] += ["--ours", str(program_file(folder, row, case))]
     for name, settings in row.peers.items():
         file = str(program_file(folder, row, name).resolve())
         found[name] = [maxtext_python, "-m", "benchmarks.peers.maxtext_program", file, *settings]
@@ -161,7 +164,7 @@ def reason(stderr: str) -> str:
     return next((line for line in reversed(lines) if "Error" in line and not line.startswith(" ")), lines[-1])[:300]
 
 
-def compile_ours(row: Row, fields: tuple[str, ...], file: pathlib.Path) -> None:
+def compile_ours(row: Row, fields: Sequence[str], file: pathlib.Path) -> None:
     """Compiles our step, as `bigmac plan --compile` does, into a file."""
     import importlib.metadata
 
@@ -205,9 +208,13 @@ def _step(measured: dict[str, Any]) -> float:
     return measured["work_s"] + measured["exposed_s"]
 
 
+def is_ours(case: str) -> bool:
+    return case.startswith("ours")
+
+
 def fastest(cases: dict[str, dict[str, Any]]) -> str:
     """The peer's settings with the least local work and exposed collectives; "" where none compiled."""
-    peers = {name: _step(measured) for name, measured in cases.items() if name not in OURS}
+    peers = {name: _step(measured) for name, measured in cases.items() if not is_ours(name)}
     return min(peers, key=peers.__getitem__) if peers else ""
 
 
@@ -221,8 +228,8 @@ def table(found: dict[str, dict[str, dict[str, Any]]]) -> str:
     lines = [f"| row | | {' | '.join(of)} | both |", "|---" * (len(of) + 3) + "|"]
     for name, cases in found.items():
         peer = fastest(cases)
-        for case in [case for case in (*OURS, peer) if case in cases]:
-            label = case.replace("ours", "this project") if case in OURS else f"MaxText, {case}"
+        for case in (case for case in cases if is_ours(case) or case == peer):
+            label = case.replace("ours", "this project") if is_ours(case) else f"MaxText, {case}"
             cells = " | ".join(show(cases[case]) for show in of.values())
             lines.append(f"| {name if case == 'ours' else ''} | {label} | {cells} | {_step(cases[case]):.3f} s |")
     return "\n".join(lines)
@@ -232,11 +239,11 @@ def draw(found: dict[str, dict[str, dict[str, Any]]], file: pathlib.Path) -> Non
     """Bars of local work and, on top, exposed collectives: ours beside the peer's fastest."""
     from matplotlib.figure import Figure
 
-    bars = dict(zip(OURS, ("tab:blue", "tab:green"), strict=True)) | {"": "tab:orange"}
+    bars = zip((*OURS, ""), ("tab:blue", "tab:green", "tab:orange"), strict=True)
     names = [name for name, cases in found.items() if cases.keys() >= set(OURS) and fastest(cases)]
     figure = Figure(figsize=(8, 1 + 0.8 * len(names)), layout="constrained")
     axes = figure.add_subplot()
-    for bar, (case, color) in enumerate(bars.items()):
+    for bar, (case, color) in enumerate(bars):
         label = case.replace("ours", "this project") or "MaxText, its fastest settings"
         places = [i + 0.27 * (bar - 1) for i in range(len(names))]
         of = [found[name][case or fastest(found[name])] for name in names]

@@ -5,7 +5,7 @@ import pathlib
 
 import pytest
 
-from benchmarks.peers.programs import OURS, draw, fastest, measure, reason, rows, table
+from benchmarks.peers.programs import OURS, commands, draw, fastest, measure, reason, rows, table
 from bigmac_jax.config import load_config
 from bigmac_jax.planning.topologies import parse_topology
 
@@ -61,6 +61,17 @@ def test_the_fastest_settings_of_a_peer_stand(tmp_path: pathlib.Path) -> None:
     ]
     draw({"a": cases}, tmp_path / "peers.png")
     assert (tmp_path / "peers.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_case_of_ours_has_its_own_fields_and_file(tmp_path: pathlib.Path) -> None:
+    row = next(iter(rows()))
+    found = commands(row, ["execution.overlap_chunks=8"], tmp_path, "python-of-maxtext")
+    assert [case for case in found if case.startswith("ours")] == [*OURS, "ours, execution.overlap_chunks=8"]
+    assert [[word for word in command if word.startswith("--field=")] for command in found.values()] == [
+        [], ["--field=execution.reduce_dtype=bfloat16"], ["--field=execution.overlap_chunks=8"], [],
+    ]  # fmt: skip
+    assert len({command[command.index("--ours") + 1] for command in found.values() if "--ours" in command}) == 3
+    assert list(commands(row, [], tmp_path, "")) == [*OURS, *row.peers]
 
 
 def test_an_error_is_the_line_that_names_it() -> None:
