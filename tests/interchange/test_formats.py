@@ -291,8 +291,7 @@ def test_no_equivalent_names_the_field(name: str, field: str, model: dict[str, A
 
 
 @pytest.mark.parametrize(
-    "name",
-    [name if name in EVERY_TENSOR and name != "paper" else pytest.param(name, marks=pytest.mark.full) for name in OWN],
+    "name", [name if name in EVERY_TENSOR else pytest.param(name, marks=pytest.mark.full) for name in OWN]
 )
 def test_our_own_class_computes_the_same_and_comes_back(name: str, tmp_path: pathlib.Path) -> None:
     """Logits of the class to 1e-4; what is read again is bit-equal, what its config says of the model too. The class's
