@@ -83,13 +83,15 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 @pytest.fixture(autouse=True)
-def _levels() -> Iterator[None]:
-    """Commands set what is logged; behind a test it is as before."""
+def _as_before() -> Iterator[None]:
+    """Commands set what is logged; behind a test it is as before. One that leaves a mesh behind fails itself, not those
+    that follow."""
     loggers = [logging.getLogger(name) for name in ("absl", "bigmac_jax")]
-    before = [logger.level for logger in loggers]
+    before, mesh = [logger.level for logger in loggers], jax.sharding.get_abstract_mesh()
     yield
     for logger, level in zip(loggers, before, strict=True):
         logger.setLevel(level)
+    assert jax.sharding.get_abstract_mesh() == mesh
 
 
 @pytest.fixture

@@ -3,11 +3,13 @@
 import pathlib
 from typing import Any
 
+import jax
 import pytest
 from absl import flags
 from training.tools import write_config
 
-from bigmac_jax.config import ConfigError
+from bigmac_jax.config import ConfigError, load_config
+from bigmac_jax.model.mesh import make_mesh
 
 
 @pytest.fixture
@@ -70,7 +72,7 @@ def test_a_run_without_a_checkpoint_is_named(
     for name in ("agree", "enter_mesh"):
         monkeypatch.setattr(convert.program.cli, name, lambda *_, **__: None)
     (tmp_path / "run").mkdir()
-    write_config(tmp_path).rename(tmp_path / "run" / "config.json")
-    with pytest.raises(ConfigError, match=r"run.* holds no checkpoint"):
+    config = load_config(write_config(tmp_path).rename(tmp_path / "run" / "config.json"))
+    with jax.set_mesh(make_mesh(config)), pytest.raises(ConfigError, match=r"run.* holds no checkpoint"):
         convert("export", workdir=str(tmp_path / "run"), output=str(tmp_path / "new"), format=file_format)
     assert not (tmp_path / "new").exists()
