@@ -3,13 +3,12 @@
 import pathlib
 from typing import Any
 
-import jax
 import pytest
 from absl import flags
+from model.tools import on_mesh
 from training.tools import write_config
 
 from bigmac_jax.config import ConfigError, load_config
-from bigmac_jax.model.mesh import make_mesh
 
 
 @pytest.fixture
@@ -73,6 +72,6 @@ def test_a_run_without_a_checkpoint_is_named(
         monkeypatch.setattr(convert.program.cli, name, lambda *_, **__: None)
     (tmp_path / "run").mkdir()
     config = load_config(write_config(tmp_path).rename(tmp_path / "run" / "config.json"))
-    with jax.set_mesh(make_mesh(config)), pytest.raises(ConfigError, match=r"run.* holds no checkpoint"):
+    with on_mesh(config), pytest.raises(ConfigError, match=r"run.* holds no checkpoint"):
         convert("export", workdir=str(tmp_path / "run"), output=str(tmp_path / "new"), format=file_format)
     assert not (tmp_path / "new").exists()
