@@ -33,6 +33,18 @@ def corpus(tmp_path: pathlib.Path) -> list[pathlib.Path]:
     return sorted(folder.iterdir())
 
 
+def test_what_cannot_be_removed_is_left(corpus: list[pathlib.Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """As what another process just now removes as well."""
+    folder = corpus[0].parent
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "rmdir", lambda *_, **__: os.stat(folder / "none"))
+        files.remove(folder)
+    assert not list(folder.iterdir())
+    files.remove(folder)
+    files.remove(folder)
+    assert not folder.exists()
+
+
 @pytest.fixture
 def settled(monkeypatch: pytest.MonkeyPatch) -> None:
     """Files are old enough as soon as they are written."""

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from bigmac_jax.config import Config
+from bigmac_jax.model import transformer
 from bigmac_jax.model.layers import Norm, dropout
 from bigmac_jax.model.transformer import init_model
 
@@ -127,6 +128,20 @@ def backward(config: Config) -> tuple[int, int, int]:
     kept = [v.aval for v in scan.outvars]
     at_host = sum(aval.size for aval in kept if aval.memory_space == jax.memory.Space.Host)
     return len(payloads(all_to_alls(jaxpr))), sum(aval.size for aval in kept), at_host
+
+
+@pytest.mark.parametrize(("asked", "where", "unrolled"), [(0, "cpu", 4), (0, "tpu", 1), (2, "cpu", 2), (3, "tpu", 3)])
+def test_layers_of_a_loop_that_are_unrolled(
+    asked: int, where: str, unrolled: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All on a CPU, where a loop copies what it keeps."""
+    monkeypatch.setattr(transformer, "platform", lambda: where)
+    config = tiny(num_layers=4, structure="dense", unroll_layers=asked)
+    with on_mesh(config):
+        model, tokens = abstract_model(config), jax.ShapeDtypeStruct((8, 8), jnp.int32)
+        program = jax.make_jaxpr(lambda model, tokens: model(tokens)[0])(model, tokens)
+    (loop,) = (e for e in program.eqns if e.primitive.name == "scan")
+    assert (loop.params["length"], loop.params["unroll"]) == (4, unrolled)
 
 
 def test_dropout_keeps_the_mean() -> None:

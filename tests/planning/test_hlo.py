@@ -277,6 +277,8 @@ def test_pairs() -> None:
 def test_a_mesh_that_is_too_small(groups: str) -> None:
     with pytest.raises(ValueError, match=r"device 7 must be one of the 4 .*'data': 2, 'expert': 2"):
         exchange(f"replica_groups={groups}", mesh={"data": 2, "expert": 2})
+    with pytest.raises(ValueError, match="device 4 must be one of the 4"):
+        exchange("replica_groups={{0,1},{2,4}}", mesh={"data": 2, "expert": 2})
 
 
 # Bytes.

@@ -4,12 +4,13 @@ import json
 import pathlib
 import resource
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from bigmac_jax.config import ConfigError, MeshConfig, load_config
-from bigmac_jax.planning import pictures, planner
+from bigmac_jax.planning import pictures, planner, scaling
 from bigmac_jax.planning.candidates import Machine
 from bigmac_jax.planning.job import exposed
 from bigmac_jax.planning.place import Request, find_place
@@ -101,6 +102,26 @@ def test_points_are_those_of_the_search(devices: list[int], strong: bool) -> Non
         config = replace(SMALL, mesh=MeshConfig(), data=replace(SMALL.data, batch_size=batch))
         best = fastest(config, Machine(n, H100))[0]
         assert made["tokens_per_s_per_device"] == pytest.approx(best.times.tokens_per_s / n, rel=0.02), n
+
+
+@pytest.mark.parametrize(("rates", "looks"), [((99, 98), "all grown grown"), ((97, 97), "all grown all grown")])
+def test_meshes_are_all_tried_where_growing_loses_a_fiftieth(
+    rates: tuple[int, int], looks: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A device has 100 tokens a second, and then `rates`; of all meshes the best has 98, and 97."""
+    seen = []
+
+    def found(_: Any, machine: Machine, grown: Any = None) -> list[Any]:
+        seen.append("grown" if grown else "all")
+        rate = {8: (100, 100), 16: (98, rates[0]), 32: (97, rates[1])}[machine.devices][bool(grown)]
+        times = SimpleNamespace(tokens_per_s=rate * machine.devices)
+        return [SimpleNamespace(times=times, sizes={})]
+
+    monkeypatch.setattr(scaling, "fastest", found)
+    monkeypatch.setattr(scaling, "_point", lambda own, config, machine, best: best[0].times.tokens_per_s)
+    monkeypatch.setattr(scaling, "_grown", lambda best, times: {(times, 1, 1, 1, 1)})
+    points = scaling._curve(SMALL, [(SMALL, Machine(n, H100)) for n in (8, 16, 32)])
+    assert points == [800, 16 * max(98, rates[0]), 32 * rates[1]] and " ".join(seen) == looks
 
 
 def test_a_mesh_that_there_is_not() -> None:

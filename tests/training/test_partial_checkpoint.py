@@ -75,6 +75,12 @@ def test_turns_are_even(tmp_path):
         assert newest_copies(saves, "weights", saved_YE.shape).min() >= max(1, number + 1 - -(-experts // count))
 
 
+@pytest.mark.parametrize("of", ["weights", "optimizer", "both"])
+def test_a_turn_is_of_what_is_asked_for(of, tmp_path):
+    config = small(tmp_path, "train.experts_per_checkpoint=1", f"train.partial_checkpoint={of}")
+    assert turns(config, (4, 3), [0, 1, 1]) == {1: Turn(0, 0, of), 2: Turn(0, 1, of), 3: Turn(1, 1, of)}
+
+
 def brute_copies(saves: dict[int, Turn], part: str, shape: tuple[int, int], last: int) -> list[list[int]]:
     def has(turn: Turn, layer: int, expert: int) -> bool:
         own = {(layer + turn.first + j) % shape[1] for j in range(turn.count)}
