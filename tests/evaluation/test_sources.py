@@ -16,6 +16,7 @@ from bigmac_jax.config import Config, ConfigError, DataConfig, TuningConfig
 from bigmac_jax.data.chat_files import TEMPLATE_FILE
 from bigmac_jax.data.corpus import open_documents
 from bigmac_jax.data.pipeline import open_stream, streams_by_source, text_stream
+from bigmac_jax.data.token_cache import Counts, MemoryStream
 from bigmac_jax.data.tokenizer import ByteTokenizer
 from bigmac_jax.evaluation import perplexity
 from bigmac_jax.evaluation.perplexity import Score, evaluate
@@ -73,6 +74,23 @@ def test_padding_does_not_count(mesh: tuple[int, ...]) -> None:
             reading = evaluate(random_model(of), stream, LENGTH, rows)
         np.testing.assert_allclose(reading.load_YE, aux.load, rtol=1e-6)
         np.testing.assert_allclose(reading.entropy_Y, aux.router_entropy, rtol=1e-5)
+
+
+@pytest.mark.parametrize("documents", ["", "masked", "stream"])
+def test_documents_behind_each_other(documents: str) -> None:
+    """As the model has them if nothing else is said: masked, so that each is worth what it is alone."""
+    config = tiny(**CONFIG)
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, documents="masked"))
+    alone = [text_stream(words, ByteTokenizer()) for words in ("some words", "others")]
+    first, second = (stream.tokens(0, stream.num_tokens) for stream in alone)
+    tokens = np.concatenate([first, second[1:]])  # one end of text between them
+    both = MemoryStream(tokens, Counts(tokens=len(tokens)), alone[0].eos_id)
+    with on_mesh(config):
+        model = random_model(config)
+        apart = Score.combine([evaluate(model, stream, LENGTH, 32).score for stream in alone])
+        found = evaluate(model, both, LENGTH, 32, documents=documents).score
+    assert found.tokens == apart.tokens == len(tokens) - 1
+    assert (abs(found.loss / apart.loss - 1) < 1e-6) == (documents != "stream")
 
 
 def test_what_is_scored(tmp_path: pathlib.Path) -> None:
