@@ -2,8 +2,8 @@
 
 Values of the package (`benchmarks.mutants.places`) are changed one at a time, each in a clone of HEAD of its own, and
 the tests of `make test` that run the changed line are run there, then the others of the files that run its function
-(what is traced once is not run again), the cheapest files first, until one fails. A test that fails must pass where
-nothing is changed. A test that takes ten times as long and a minute has failed.
+(what is traced once is not run again), until one fails: first those below a second, of the cheapest files. A test that
+fails must pass where nothing is changed. A test that takes ten times as long and a minute has failed.
 
 A JSON line a mutant in --results; run again, it goes on where it ended, and --again repeats those that survived.
 --equivalent=KEY --reason=TEXT says of a survivor that it computes the same; --report prints what there is. Which tests
@@ -76,6 +76,7 @@ def _fork():
 
 os.register_at_fork(after_in_child=_fork)
 """
+_LONG = 1.0  # seconds of a test that waits for the shorter ones
 _SLOW = "ended or too slow"  # which a busy machine may be the reason of: such a test is run once more
 _checked: dict[str, bool] = {}  # tests: whether they pass alone where nothing is changed
 _lock = threading.Lock()
@@ -195,12 +196,12 @@ def choose(measured: dict[str, Any], mutant: Mutant) -> list[str]:
     rest = {name for name in seconds if name.partition("::")[0] in files} - first
     chosen: list[str] = []
     for tests in (first, rest):
-        by_file: dict[str, list[str]] = {}
+        by_file: dict[tuple[bool, str], list[str]] = {}
         for test in seconds:
             if test in tests:
-                by_file.setdefault(test.partition("::")[0], []).append(test)
-        for group in sorted(by_file.values(), key=lambda group: sum(map(seconds.__getitem__, group))):
-            chosen += group
+                by_file.setdefault((seconds[test] > _LONG, test.partition("::")[0]), []).append(test)
+        for of in sorted(by_file, key=lambda of: (of[0], sum(map(seconds.__getitem__, by_file[of])))):
+            chosen += by_file[of]
     total, kept = 0.0, []
     for test in chosen:
         total += seconds[test]
