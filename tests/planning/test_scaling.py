@@ -28,9 +28,10 @@ def test_numbers_of_devices() -> None:
     assert len(parse_scale("64..65536").devices) == 11 and parse_scale("24..48").devices == [24, 48]
     assert parse_scale("1024,64,256:strong") == Scale([64, 256, 1024], strong=True)
     assert parse_scale("8") == Scale([8], strong=False)
+    assert parse_scale("1048576") == Scale([2**20], strong=False)  # the most
 
 
-@pytest.mark.parametrize("text", ["many", "64..", "64..1000", "512..64", "0..8", "64,0", "64..2097152", "8:weak", "8:", "-8", "nan", "64;128"])  # fmt: skip  # noqa: E501
+@pytest.mark.parametrize("text", ["many", "64..", "64..1000", "512..64", "0..8", "64,0", "64..2097152", "1048577", "8:weak", "8:", "-8", "nan", "64;128"])  # fmt: skip  # noqa: E501
 def test_what_are_no_numbers_of_devices(text: str) -> None:
     with pytest.raises(ConfigError, match=r"--scale=.* must be numbers of devices") as error:
         parse_scale(text)
