@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import PartitionSpec as P
 from model.tools import on_mesh, random_model, split_batch, split_tokens
 
 from bigmac_jax.config import Config
@@ -13,6 +14,7 @@ from bigmac_jax.inference import Generator, Speculation
 from bigmac_jax.inference.kv_cache import Cache, advance, make_cache, make_decoder, settle, try_out
 from bigmac_jax.model.attention import Rows
 from bigmac_jax.model.mamba import Past, make_past
+from bigmac_jax.model.mesh import BATCH, TENSOR
 
 from .test_engine import CHUNK, LENGTH, PAGE, POSITIONS, SLOTS, Alone, assert_as_alone, config_on, play, schedule
 
@@ -92,6 +94,16 @@ def test_what_is_refused_was_never_there() -> None:
 
 
 @pytest.mark.full
+def test_where_the_past_of_a_slot_stands() -> None:
+    """Layers, batch shards, slots, and then [taps, features] or [heads, …], over `tensor`."""
+    config = hybrid((2, 1, 1, 2))
+    with on_mesh(config):
+        past = jax.eval_shape(lambda: make_past(config, 3, 2))
+        found = [(leaf.shape[:3], leaf.sharding.spec) for leaf in past]
+    tail = P(None, BATCH, None, None, TENSOR)
+    assert found == [((2, 2, 3), spec) for spec in (tail, tail, tail, P(None, BATCH, None, TENSOR, None, None))]
+
+
 def test_what_an_idle_slot_computes_reaches_no_past() -> None:
     """Not even NaN, which a request that overflowed may have left where an idle slot reads."""
     config, B = hybrid((1, 1, 1)), 4

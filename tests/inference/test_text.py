@@ -155,6 +155,13 @@ def test_bytes_that_stand_for_characters(context: tuple[int, ...]) -> None:
     assert text.startswith("€😀\N{REPLACEMENT CHARACTER}") and text.endswith(" a€😀 a")
 
 
+def test_characters_that_never_end_keep_few_tokens() -> None:
+    """Or each token of a model that says nothing else would decode all before it."""
+    text = Text(ByteTokenizer(), Sampling(max_tokens=500))
+    seen = [(text.add(0x82, -0.5), len(text._window))[1] for _ in range(400)]
+    assert max(seen) <= 33 and 397 <= len(text.text) <= 400 and set(text.text) == {"\ufffd"}
+
+
 @pytest.mark.parametrize("logprob", [float("nan"), float("inf"), float("-inf")])
 def test_a_token_of_no_number_ends_it(logprob: float) -> None:
     text = Text(ByteTokenizer(), Sampling(max_tokens=9))

@@ -496,10 +496,26 @@ def test_a_chat_template_has_whole_special_tokens_and_ends(name: str, tmp_path: 
 
 def test_defaults_of_published_classes() -> None:
     """test_transformers.py compares all of them with the classes, where these are installed."""
-    nemotron, qwen = (layout.fill_json({"vocab_size": 9}, of._DEFAULTS, {}) for of in (nemotron_h, qwen3_moe))
+    nemotron, qwen = (layout.fill_json({}, of._DEFAULTS, {}) for of in (nemotron_h, qwen3_moe))
     sizes = ("vocab_size", "hidden_size", "num_attention_heads", "num_key_value_heads", "num_experts_per_tok")
-    assert [nemotron[name] for name in sizes] == [9, 4096, 32, 8, 2]
-    assert [qwen[name] for name in sizes] == [9, 2048, 32, 4, 8]
+    assert [nemotron[name] for name in sizes] == [131072, 4096, 32, 8, 2]
+    assert [qwen[name] for name in sizes] == [151936, 2048, 32, 4, 8]
+    given = [layout.fill_json({"vocab_size": 9}, of._DEFAULTS, {}) for of in (nemotron_h, qwen3_moe)]
+    assert given == [nemotron | {"vocab_size": 9}, qwen | {"vocab_size": 9}]
+    sizes = ("mamba_num_heads", "mamba_head_dim", "n_groups", "ssm_state_size", "conv_kernel", "intermediate_size")
+    assert [nemotron[name] for name in sizes] == [128, 64, 8, 128, 4, 21504]
+    flags = ("use_conv_bias", "use_bias", "mlp_bias", "tie_word_embeddings", "num_nextn_predict_layers")
+    assert [nemotron[name] for name in flags] == [True, False, False, False, 0]
+    assert (nemotron["layer_norm_epsilon"], nemotron["time_step_min"], nemotron["routed_scaling_factor"]) == (
+        1e-5,
+        1e-3,
+        1,
+    )
+    assert (nemotron["n_group"], nemotron["topk_group"], nemotron["moe_latent_size"]) == (1, 1, None)
+    assert nemotron["moe_shared_expert_intermediate_size"] == 7688 and nemotron["sliding_window"] is None
+    flags = ("tie_word_embeddings", "attention_bias", "use_sliding_window")
+    assert not any(qwen[name] for name in flags) and (qwen["decoder_sparse_step"], qwen["mlp_only_layers"]) == (1, [])
+    assert (qwen["rms_norm_eps"], qwen["rope_theta"], qwen["head_dim"]) == (1e-6, 1e4, 0)
     assert (nemotron["n_routed_experts"], nemotron["moe_intermediate_size"], nemotron["head_dim"]) == (8, 7688, 128)
     assert (qwen["num_experts"], qwen["moe_intermediate_size"], qwen["num_hidden_layers"]) == (128, 768, 24)
     assert (nemotron["max_position_embeddings"], qwen["max_position_embeddings"]) == (4096, 32768)

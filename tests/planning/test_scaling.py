@@ -14,6 +14,7 @@ from bigmac_jax.planning import pictures, planner, scaling
 from bigmac_jax.planning.candidates import Machine
 from bigmac_jax.planning.job import exposed
 from bigmac_jax.planning.place import Request, find_place
+from bigmac_jax.planning.report_programs import programs_table
 from bigmac_jax.planning.scaling import Scale, _grown, parse_scale, scale, where_it_stops
 from bigmac_jax.planning.search import fastest, search
 from bigmac_jax.planning.structures import CONTROL, alternatives, of_equal_size
@@ -59,6 +60,18 @@ def test_what_stops_it_by_hand() -> None:
     assert where_it_stops([point(8), short]) == {"devices": 16, "term": "memory"}
     assert where_it_stops([short, point(32)]) is None  # the fewest on which something fits
     assert where_it_stops([short, short | {"devices": 32}]) == {"devices": 16, "term": "memory"}
+
+
+def test_the_table_of_programs_by_hand() -> None:
+    memory = {"arguments": 2**30, "temporaries": 2**29, "total": 3 * 2**29}
+    ran = {"memory": memory, "memory_beside": 2**31, "fits": False, "compile_seconds": 1.5}
+    table = programs_table({"programs": {"step": ran, "init": {"compiler": "too large"}}, "restore": {}})
+    columns = [[str(column.header), *map(str, column.cells)] for column in table.columns]
+    assert columns == [
+        ["", "step", "init"], ["arguments", "1.00 GiB", ""], ["temporaries", "512.00 MiB", ""],
+        ["total", "1.50 GiB", ""], ["alive beside it", "2.00 GiB", ""], ["fits", "no", "no"],
+        ["compiled in", "1.5 s", ""],
+    ]  # fmt: skip
 
 
 def test_exposed_terms_are_all_of_a_step() -> None:

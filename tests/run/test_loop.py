@@ -255,6 +255,13 @@ def test_a_failed_start_leaves_the_workdir_free(tmp_path: pathlib.Path) -> None:
 def test_a_profile_of_steps_that_are_not_taken_is_a_line(profile: tuple[int, int] | None, line: str) -> None:
     assert unused_profile(profile, 7, 8) == line
     assert unused_profile(profile, 9, 8) == ""  # of a finished run, which says so
+    # Of a start that takes one step.
+    assert unused_profile(profile, 7, 7) == ("" if profile in (None, (2, 7)) else unused_of_one(profile))
+
+
+def unused_of_one(profile: tuple[int, int]) -> str:
+    first, last = profile
+    return f"--profile={first}:{last} traces nothing: this start takes steps 7 to 7; give it some of these"
 
 
 @pytest.mark.parametrize("use", ["move", "remove", "make another"])

@@ -12,6 +12,8 @@ from threads_as_processes import run_as_processes
 
 from bigmac_jax.config import Config, ConfigError, TrainConfig
 from bigmac_jax.data.chat_files import NO_CHAT
+from bigmac_jax.data.conversations import Conversations
+from bigmac_jax.data.token_cache import TokenStream
 from bigmac_jax.data.tokenizer import ByteTokenizer
 from bigmac_jax.run import start
 from bigmac_jax.run.start import _looks_back
@@ -61,6 +63,29 @@ def test_what_process_0_cannot_write_ends_all(tmp_path: pathlib.Path, monkeypatc
     told = run_as_processes(monkeypatch, 2, lambda _: start.start(Config(), tmp_path))
     assert [type(error) for error in told] == [ConfigError, ConfigError], told
     assert all(f"{tmp_path / 'config.json'} cannot be written" in str(error) for error in told)
+
+
+@pytest.mark.parametrize("told", ["dpo", "dpo of nothing", "dpo with adapters", "sft", "texts"])
+def test_pairs_know_what_the_model_before_them_says(told: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the model that the run begins with; where there is none, or a step has it, nothing is scored."""
+    pairs = mock.Mock(spec=TokenStream if told == "texts" else Conversations)
+    pairs.pack = mock.Mock()
+    tuning = mock.Mock(objective="sft" if told == "sft" else "dpo", lora_rank=2 if "adapters" in told else 0)
+    config = mock.Mock(tuning=tuning, data=mock.Mock(sequence_length=24))
+    origin = None if told == "dpo of nothing" else mock.Mock()
+    load, score, merge = mock.Mock(return_value=("params", "rest")), mock.Mock(), mock.Mock()
+    monkeypatch.setattr(start.pretrained, "load_parameters", load)
+    monkeypatch.setattr(start, "reference_nll", score)
+    monkeypatch.setattr(start, "evaluation_rows", lambda config: 8)
+    monkeypatch.setattr(start.nnx, "merge", merge)
+    start._score_reference(config, mock.Mock(graphdef="graph"), mock.Mock(train=pairs), origin)
+    assert load.called == score.called == (told == "dpo")
+    if told == "dpo":
+        load.assert_called_once_with(origin, config)
+        merge.assert_called_once_with("graph", "params", "rest")
+        pairs.pack.assert_called_once_with(24)
+        score.assert_called_once_with(merge.return_value, pairs.pack.return_value, 8, False)
+        assert pairs.pack.return_value.reference is score.return_value
 
 
 def test_all_processes_and_splits_have_one_date(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -118,6 +118,20 @@ def test_a_check_is_named_before_it_runs(
     assert shown == (["the wire begins", "", "the wire ends"] if at_terminal else ["the wire …\n"])
 
 
+@pytest.mark.parametrize(("stats", "expected"), [(None, None), ({}, None), ({"bytes_limit": 9}, 9)])
+def test_a_report_names_the_memory_that_a_device_says_it_has(
+    stats: dict[str, int] | None, expected: int | None, command: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    device = types.SimpleNamespace(platform="gpu", device_kind="NVIDIA H100 80GB HBM3", memory_stats=lambda: stats)
+    program = command("selfcheck")
+    monkeypatch.setattr(jax, "local_devices", lambda: [device])
+    monkeypatch.setattr(program.environment, "compiler_options", lambda of: {"of": of.platform})
+    assert program.device() == {
+        "platform": "gpu", "kind": device.device_kind, "devices": 8, "processes": 1, "memory_bytes": expected,
+        "hardware": "h100", "compiler_options": {"of": "gpu"},
+    }  # fmt: skip
+
+
 @pytest.mark.parametrize(
     ("value", "expected", "text"),
     [

@@ -7,6 +7,7 @@ import math
 import pathlib
 import shutil
 from collections.abc import Callable, Iterator, Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import chex
@@ -18,7 +19,7 @@ import pytest
 from model.tools import leaves
 
 import bigmac_jax.training.step
-from bigmac_jax.config import Config, ConfigError, check_resume
+from bigmac_jax.config import Config, ConfigError, TrainConfig, check_resume
 from bigmac_jax.data.batch import Batch
 from bigmac_jax.data.pipeline import TrainIterator, open_stream
 from bigmac_jax.data.tokenizer import load_tokenizer
@@ -178,6 +179,17 @@ def test_skip(tmp_path: pathlib.Path, feed: Any, caplog: pytest.LogCaptureFixtur
     ]
     assert [step for step, _ in losses(workdir)] == [1, 2, 3, 5, 6, 8]
     assert position(workdir, 8) == {"batches": 8, "bad_steps": 2}
+
+
+@pytest.mark.parametrize(("what", "advised"), [("stop", True), ("rewind", False), ("skip", False)])
+def test_who_stops_is_told_of_the_others(what: str, advised: bool) -> None:
+    config = dataclasses.replace(Config(), train=TrainConfig(on_bad_step=what, max_bad_steps=1))
+    run: Any = SimpleNamespace(config=config, bad_steps=1, _kept=lambda: "step 4 is kept")
+    with pytest.raises(
+        NonFiniteLossError, match=r"step 5: loss nan.*bad steps before it: 1\); step 4 is kept"
+    ) as error:
+        loop._Run._bad(run, 5, SimpleNamespace(loss=np.nan, grad_norm=1.0))
+    assert ("or use train.on_bad_step=skip or rewind" in str(error.value)) == advised
 
 
 def test_what_a_bad_step_does_may_change_on_resume(tmp_path: pathlib.Path) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
-from model.tools import assert_close, leaves, on_mesh, random_model, random_tokens, split_batch, tiny
+from model.tools import abstract_model, assert_close, leaves, on_mesh, random_model, random_tokens, split_batch, tiny
 from safetensors.numpy import load_file
 
 from bigmac_jax.config import Config, ConfigError, MeshConfig, TrainConfig, TuningConfig, load_config
@@ -168,6 +168,20 @@ def test_the_model_begins_as_it_would_without() -> None:
         assert found[f"mtp.{name}"].shape[:2] == (2, 16)
     first, second = found["mtp.projection.w_DF"]
     assert first.shape == (32, 16) and (first != second).any()
+
+
+@pytest.mark.parametrize("fields", [{}, {"mtp_blocks": "*-"}])
+def test_the_model_without_them_is_the_rest(fields: dict[str, Any]) -> None:
+    """The same arrays, of a config that asks for no module."""
+    config = config_of("bias", **fields)
+    with on_mesh(config):
+        model = abstract_model(config)
+        plain, without = without_next_tokens(config, model)
+        again = without_next_tokens(plain, without)
+    found, left = named_leaves(model), named_leaves(without)
+    assert (plain.model.mtp_modules, plain.model.mtp_blocks) == (0, "") and again[0] is plain and again[1] is without
+    assert left.keys() == {name for name in found if not name.startswith("mtp.")} < found.keys()
+    assert all(left[name] is found[name] for name in left)
 
 
 @pytest.mark.full

@@ -32,12 +32,15 @@ from bigmac_jax.interchange.importing import find_tokenizer
 from bigmac_jax.interchange.layout import common_json, describe_config
 from bigmac_jax.interchange.tensor_files import Checkpoint
 from bigmac_jax.interchange.tokenizer_files import write_tokenizer
+from bigmac_jax.model.adapters import make_adapters
 from bigmac_jax.model.mesh import make_mesh
 from bigmac_jax.run import loop
 from bigmac_jax.runtime import hosts, storage
+from bigmac_jax.training.restore import Restored
+from bigmac_jax.training.step import split_model
 from bigmac_jax.training.workdir import load_run_tokenizer, read_history, write_run
 from bigmac_jax.tuning import pretrained as pretrained_module
-from bigmac_jax.tuning import restore
+from bigmac_jax.tuning import restore, restore_step
 from bigmac_jax.tuning.conversion.converted_run import new_run_config
 from bigmac_jax.tuning.pretrained import (
     INIT_FROM,
@@ -350,6 +353,35 @@ def test_tokens_that_transformers_adds_to_every_text_are_told(
     find_tokenizer(tmp_path, there, [])
     line = f"{tmp_path}: its tokenizer adds <|endoftext|> to every text; here, and in exports, only a chat template"
     assert [message.startswith(line) for message in caplog.messages] == [True, True]
+
+
+def test_adapters_are_merged_into_the_model_that_they_are_of(
+    base: tuple[Config, pathlib.Path], tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """W + a b · alpha / rank, of the run that train.init_from names."""
+    config = tuned(base, tuning={"lora_rank": 2, "lora_alpha": 8.0})
+    with jax.set_mesh(make_mesh(config)):
+        graphdef, plain, rest = split_model(restore(base[1] / "run")[1])
+        made = make_adapters(config, plain, jax.random.key(0))
+        adapters = jax.tree.map(lambda w: w + 0.1, made)
+        found = Restored(config, graphdef, adapters, rest, plain, 7, 1.5)
+        others = pretrained_module.restore_parts
+        monkeypatch.setattr(
+            pretrained_module,
+            "restore_parts",
+            lambda place, *more: found if place == tmp_path else others(place, *more),
+        )
+        same, model, step, loss = restore_step(tmp_path)
+        before, after = leaves(plain), leaves(split_model(model)[1])
+        parts = leaves(adapters)
+    assert (same, step, loss) == (config, 7, 1.5) and before.keys() == after.keys()
+    changed = 0
+    for name, value in before.items():
+        if f"{name}.a" in parts:
+            changed += 1
+            value = value + 4 * parts[f"{name}.a"] @ parts[f"{name}.b"]
+        np.testing.assert_allclose(after[name], value, atol=1e-5, err_msg=name)
+    assert 2 * changed == len(parts) > 4
 
 
 @pytest.mark.full

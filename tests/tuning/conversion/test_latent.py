@@ -13,7 +13,7 @@ from bigmac_jax.config import Config, ConfigError, ModelConfig
 from bigmac_jax.data.batch import Batch, batch_from_windows
 from bigmac_jax.model import layers
 from bigmac_jax.tuning.conversion import latent, narrow
-from bigmac_jax.tuning.conversion.calibration import ExpertInputs
+from bigmac_jax.tuning.conversion.calibration import ExpertInputs, walk
 from bigmac_jax.tuning.conversion.latent import fit_layer
 
 FINE = {"structure": "fine_grained"}
@@ -43,6 +43,9 @@ def test_of_full_width_it_is_exact(name: str, mesh: tuple[int, ...]) -> None:
         tokens_BL = batches[0].inputs_BL
         np.testing.assert_allclose(our_logits(result, tokens_BL), our_logits(model, tokens_BL), atol=1e-4)
         assert all(error.total < 1e-9 for error in errors)
+        seen: list[int] = []
+        walk(model, batches, lambda number, *_: seen.append(number))
+    assert seen == [0, 1]
 
 
 def layer(
