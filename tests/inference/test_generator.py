@@ -376,7 +376,9 @@ def test_a_server_gathers_what_fits(
 
 
 @pytest.mark.parametrize("fields", [{"resident_layers": 1}, {"mtp_modules": 1}], ids=lambda fields: next(iter(fields)))
-def test_what_no_device_holds_needs_no_room(fields: dict[str, int], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_no_device_holds_needs_no_room(
+    fields: dict[str, int], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Experts in host memory, but for the two layers of the ring, and a next-token module that drafts nothing."""
     config = tiny((2, 1, 1, 1, True), num_layers=8, num_experts=64, **fields)
     with on_mesh(config):
@@ -387,6 +389,7 @@ def test_what_no_device_holds_needs_no_room(fields: dict[str, int], monkeypatch:
             device = SimpleNamespace(memory_stats=lambda memory=2 * size * numbers - short: {"bytes_limit": memory})
             monkeypatch.setattr(jax, "local_devices", lambda device=device: [device])
             assert _fits_gathered(config, weights) == (not short)
+            assert ("weights stay split" in capsys.readouterr().err) == bool(short)
 
 
 def test_the_smallest_memory_says_what_fits(monkeypatch: pytest.MonkeyPatch) -> None:

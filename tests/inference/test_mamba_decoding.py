@@ -93,7 +93,6 @@ def test_what_is_refused_was_never_there() -> None:
         assert moved_B.tolist() == (stays_B > 0).tolist()
 
 
-@pytest.mark.full
 def test_where_the_past_of_a_slot_stands() -> None:
     """Layers, batch shards, slots, and then [taps, features] or [heads, …], over `tensor`."""
     config = hybrid((2, 1, 1, 2))
@@ -104,6 +103,7 @@ def test_where_the_past_of_a_slot_stands() -> None:
     assert found == [((2, 2, 3), spec) for spec in (tail, tail, tail, P(None, BATCH, None, TENSOR, None, None))]
 
 
+@pytest.mark.full
 def test_what_an_idle_slot_computes_reaches_no_past() -> None:
     """Not even NaN, which a request that overflowed may have left where an idle slot reads."""
     config, B = hybrid((1, 1, 1)), 4
