@@ -506,11 +506,8 @@ def test_defaults_of_published_classes() -> None:
     assert [nemotron[name] for name in sizes] == [128, 64, 8, 128, 4, 21504]
     flags = ("use_conv_bias", "use_bias", "mlp_bias", "tie_word_embeddings", "num_nextn_predict_layers")
     assert [nemotron[name] for name in flags] == [True, False, False, False, 0]
-    assert (nemotron["layer_norm_epsilon"], nemotron["time_step_min"], nemotron["routed_scaling_factor"]) == (
-        1e-5,
-        1e-3,
-        1,
-    )
+    rates = ("layer_norm_epsilon", "time_step_min", "routed_scaling_factor")
+    assert [nemotron[name] for name in rates] == [1e-5, 1e-3, 1]
     assert (nemotron["n_group"], nemotron["topk_group"], nemotron["moe_latent_size"]) == (1, 1, None)
     assert nemotron["moe_shared_expert_intermediate_size"] == 7688 and nemotron["sliding_window"] is None
     flags = ("tie_word_embeddings", "attention_bias", "use_sliding_window")
