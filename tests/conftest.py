@@ -14,8 +14,6 @@ import part
 import pytest
 from absl import flags
 
-from bigmac_jax.runtime import environment
-
 if jax.__version_info__[:2] == (0, 10):
     # Without the fusion emitters compiling takes half as long, and as one piece of code a sixth less. Later versions
     # have no such flags.
@@ -25,7 +23,6 @@ if jax.__version_info__[:2] == (0, 10):
 # compile for a TPU or a GPU, as users do.
 jax.config.update("jax_disable_most_optimizations", True)
 jax.config.update("jax_num_cpu_devices", 8)
-environment.order_collectives(jax.__version_info__)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_default_matmul_precision", "highest")
 

@@ -71,8 +71,6 @@ def _guard(main: Callable[[], int | None], distributed: bool, _: Sequence[str]) 
     if CPU_DEVICES.value:
         jax.config.update("jax_platforms", "cpu")
         jax.config.update("jax_num_cpu_devices", CPU_DEVICES.value)
-    if CPU_DEVICES.value or "host_platform_device_count" in os.environ.get("XLA_FLAGS", ""):
-        environment.order_collectives(jax.__version_info__)
     try:
         clock.switch("devices")
         if distributed:

@@ -331,8 +331,8 @@ def add_further_rounds(
     """y' of each chunk with what the chunks' buffers had no room for, which all tokens send together."""
     left_TK = jnp.concatenate([plan.left_TK for plan in plans if plan.left_TK is not None])
     in_round = functools.partial(routed, config, exchange)
-    more_TR = further_rounds(exchange, in_round, INSIDE, left_TK, jnp.concatenate(narrow_x), gates_TK, w_experts)
-    return [y_CR + more_CR for y_CR, more_CR in zip(narrow_y, jnp.split(more_TR, len(narrow_y)), strict=True)]
+    x_TR, y_TR = jnp.concatenate(narrow_x), jnp.concatenate(narrow_y)
+    return jnp.split(further_rounds(exchange, in_round, INSIDE, left_TK, y_TR, x_TR, gates_TK, w_experts), len(plans))
 
 
 def widen(m: ModelConfig, w: RowWeights, x_TR: Array, y_TR: Array) -> Array:

@@ -13,7 +13,6 @@ from bigmac_jax.model.mesh import make_mesh
 from bigmac_jax.planning.place import Request
 from bigmac_jax.planning.planner import make_plan
 from bigmac_jax.run import loop
-from bigmac_jax.runtime import environment
 from bigmac_jax.training.metrics_file import read_records
 from bigmac_jax.training.workdir import locate_workdir
 
@@ -31,8 +30,6 @@ def train(config: Config, workdir: str | os.PathLike[str]) -> loop.Result:
       ConfigError, RunError: as `bigmac_jax.run.loop.train`.
     """
     path = locate_workdir(os.fspath(workdir))
-    if jax.config.values["jax_num_cpu_devices"] > 1:
-        environment.order_collectives(jax.__version_info__)  # in time if no array was made yet
     with jax.set_mesh(mesh := make_mesh(config)):
         for line in notes(config, ranks=mesh.shape["data"]):
             _log.warning("%s", line)

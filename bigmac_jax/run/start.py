@@ -21,9 +21,9 @@ from bigmac_jax.data.tokenizer import Tokenizer, load_tokenizer
 from bigmac_jax.evaluation.tasks.task_jobs import Job, open_jobs
 from bigmac_jax.model.kernels.flash_attention import attention_implementation
 from bigmac_jax.model.memory import describe_copies
-from bigmac_jax.model.mesh import batch_spec, describe_mesh, slices
+from bigmac_jax.model.mesh import batch_spec, describe_mesh, platform, slices
 from bigmac_jax.model.parameters import Frozen, count_numbers
-from bigmac_jax.runtime import hosts
+from bigmac_jax.runtime import collective_order, hosts
 from bigmac_jax.runtime.clock import clock
 from bigmac_jax.training import manifest, run_data
 from bigmac_jax.training.accumulation import describe_first_pass
@@ -263,9 +263,16 @@ def restore_or_begin(
 
 def _compile(trainer: Trainer, config: Config) -> Future[tuple[Step, float]]:
     """Compiles the training step in a thread → the compiled step, and the seconds that it took."""
-    start = time.perf_counter()
+    start, on_cpu = time.perf_counter(), platform() == "cpu"
     lowered = step_program(config, jax.sharding.get_mesh(), trainer).lower()
+
+    def compile_step() -> tuple[Step, float]:
+        compiled = lowered.compile()
+        if on_cpu and (line := collective_order.note("step", compiled.as_text())):
+            _log.warning("%s", line)
+        return compiled, time.perf_counter() - start
+
     pool = ThreadPoolExecutor(1)
-    future = pool.submit(lambda: (lowered.compile(), time.perf_counter() - start))
+    future = pool.submit(compile_step)
     pool.shutdown(wait=False)
     return future

@@ -27,7 +27,6 @@ SETTINGS = {
     ),
 }
 
-_CPU_SCHEDULER = "xla_cpu_enable_concurrency_optimized_scheduler"
 
 # The share of a GPU's memory that a process may use. With it the memory of the hardware files, which `fits` compares
 # with, is what there is: 80e9 of the 85e9 bytes that an H100 has.
@@ -184,18 +183,6 @@ def default_options(
     options = COMPILER_OPTIONS | (OVERLAP_OPTIONS if overlap else {}) | (OFFLOAD_OPTIONS if offload else {})
     found = {name: (value, why) for name, (value, where, why) in options.items() if kinds & set(where)}
     return {name: value for name, value in found.items() if not (ragged and name in RAGGED_UNSAFE)}
-
-
-def order_collectives(jax_version: tuple[int, ...]) -> None:
-    """Has XLA:CPU, once it begins, run the collectives of simulated devices in an order that is the same on all.
-
-    Up to jax 0.11 each device takes what is ready first. Where an exchange, a gather and a sum depend on nothing of
-    each other, devices then wait for different ones, and XLA ends the process after 40 s ("Termination timeout for `all
-    gather`"): in the backward pass of further rounds (`model.exchange.rounds`) with mesh.split_experts. It is no matter
-    of speed, and so BIGMAC_KEEP_ENV does not turn it off; a flag that is set stays.
-    """
-    if jax_version < (0, 12) and _CPU_SCHEDULER not in os.environ.get("XLA_FLAGS", ""):
-        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --{_CPU_SCHEDULER}=false".strip()
 
 
 def reserve_gpu_memory() -> None:

@@ -95,8 +95,8 @@ def taken(exchange: Strategy, experts: Any) -> int:
 
     def on_rank(experts_TK: Array) -> Array:
         left_TK = exchange.plan(experts_TK).left_TK
-        one = jnp.zeros_like(experts_TK, jnp.float32, shape=(1,))
-        return 1 + further_rounds(exchange, lambda plan, x: jnp.ones_like(x), EXPERT_GROUP, left_TK, one)
+        one = jnp.ones_like(experts_TK, jnp.float32, shape=(1,))
+        return further_rounds(exchange, lambda plan: one, EXPERT_GROUP, left_TK, one)
 
     (rounds,) = set(on_ranks(exchange.sizes, on_rank)(np.asarray(experts, np.int32)).tolist())  # all ranks agree
     return rounds
@@ -171,7 +171,11 @@ def test_gradients_of_weights_are_summed_in_float32() -> None:
 
     def on_rank(experts_TK: Array, x_TR: Array, w: Array) -> Array:
         left_TK = exchange.plan(experts_TK).left_TK
-        return jax.grad(lambda w: further_rounds(exchange, in_round, EXPERT_GROUP, left_TK, x_TR, w).sum())(w)
+
+        def further(w: Array) -> Array:
+            return further_rounds(exchange, in_round, EXPERT_GROUP, left_TK, jnp.zeros_like(x_TR), x_TR, w).sum()
+
+        return jax.grad(further)(w)
 
     x = np.zeros((4 * 64, 1), jnp.bfloat16)
     x[::64] = 1

@@ -2,8 +2,6 @@
 
 import json
 import pathlib
-from types import SimpleNamespace
-from unittest import mock
 
 import jax
 import numpy as np
@@ -14,7 +12,6 @@ import bigmac_jax
 from bigmac_jax.config import ConfigError
 from bigmac_jax.planning.place import Request
 from bigmac_jax.planning.planner import make_plan
-from bigmac_jax.run import python_api
 
 
 @pytest.mark.full
@@ -31,24 +28,6 @@ def test_a_run_and_its_record(tmp_path: pathlib.Path) -> None:
     assert np.isnan(columns["eval/loss"]).tolist() == [True, False, False]
     assert columns["moe/load"].shape == (3, 1, 8) and np.isnan(columns["moe/load"][1]).all()
     np.testing.assert_allclose(columns["moe/load"][0].mean(), 1, rtol=1e-3)
-
-
-@pytest.mark.parametrize(("devices", "ordered"), [(-1, False), (1, False), (2, True), (8, True)])
-def test_collectives_of_devices_that_a_cpu_plays_are_in_order(
-    devices: int, ordered: bool, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Several of them would wait for each other; one has none, and keeps what it was told."""
-    order, run = mock.Mock(), mock.Mock()
-    told = SimpleNamespace(values={"jax_num_cpu_devices": devices})
-    monkeypatch.setattr(
-        python_api, "jax", SimpleNamespace(config=told, set_mesh=jax.set_mesh, __version_info__=(0, 12))
-    )
-    monkeypatch.setattr(python_api.environment, "order_collectives", order)
-    monkeypatch.setattr(python_api.loop, "train", run)
-    config = small(tmp_path)
-    assert bigmac_jax.train(config, tmp_path / "run") is run.return_value
-    assert order.called == ordered
-    run.assert_called_once_with(config, tmp_path / "run")
 
 
 def test_columns_of_a_record(tmp_path: pathlib.Path) -> None:

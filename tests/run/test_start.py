@@ -111,3 +111,16 @@ def test_process_0_says_whether_the_run_has_begun(tmp_path: pathlib.Path, monkey
     monkeypatch.setattr(start, "read_config", lambda _: Config())
     told = run_as_processes(monkeypatch, 2, lambda _: start._open_models(Config(), tmp_path))
     assert [resumed for resumed, _ in told] == [True, True]
+
+
+@pytest.mark.parametrize(("platform", "expected"), [("cpu", ["a line on the step: its text"]), ("tpu", [])])
+def test_a_step_whose_collectives_may_be_mixed_up_is_named(
+    platform: str, expected: list[str], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    compiled = mock.Mock(**{"as_text.return_value": "its text"})
+    program = mock.Mock(**{"lower.return_value.compile.return_value": compiled})
+    monkeypatch.setattr(start, "step_program", lambda *_: program)
+    monkeypatch.setattr(start, "platform", lambda: platform)
+    monkeypatch.setattr(start.collective_order, "note", lambda name, text: f"a line on the {name}: {text}")
+    assert start._compile(mock.Mock(), Config()).result()[0] is compiled
+    assert [record.getMessage() for record in caplog.records] == expected

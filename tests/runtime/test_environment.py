@@ -96,25 +96,6 @@ def test_memory_of_a_gpu(
     assert os.environ.get("XLA_CLIENT_MEM_FRACTION") == expected
 
 
-@pytest.mark.parametrize(
-    ("version", "given", "expected"),
-    [
-        ((0, 10, 2), None, "--xla_cpu_enable_concurrency_optimized_scheduler=false"),
-        ((0, 11, 0), "--xla_a=1", "--xla_a=1 --xla_cpu_enable_concurrency_optimized_scheduler=false"),
-        ((0, 10, 2), *["--xla_cpu_enable_concurrency_optimized_scheduler=true"] * 2),  # the user's own
-        ((0, 12, 0), None, None),
-    ],
-)
-def test_order_of_simulated_devices(
-    version: tuple, given: str | None, expected: str | None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.delenv("XLA_FLAGS", raising=False)
-    if given:
-        monkeypatch.setenv("XLA_FLAGS", given)
-    environment.order_collectives(version)
-    assert os.environ.get("XLA_FLAGS") == expected
-
-
 def test_it_is_what_plans_reckon_with() -> None:
     """Bytes of the devices as their drivers say them (nvidia-smi, MiB)."""
     for name, mebibytes in {"h100": 81_559, "h200": 143_771, "b200": 183_359, "gb200": 189_471}.items():

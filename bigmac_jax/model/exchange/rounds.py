@@ -22,18 +22,20 @@ def further_rounds(
     in_round: Callable[..., Array],
     axes: tuple[str, ...],
     left_TK: Array,
+    y_TR: Array,
     *inputs: Any,
 ) -> Array:
-    """Sums `in_round(plan, *inputs)` over the rounds that it takes to send what is left → y_TR, like inputs[0].
+    """Adds `in_round(plan, *inputs)` to the first round's y_TR, for each round that it takes to send what is left.
 
     Args:
       axes: mesh axes whose ranks go through the same number of rounds; a collective of a round joins no others.
       left_TK: the expert of each choice that is left to send, E for those that were sent.
+      y_TR: of the first round; the loop begins with it, and so behind the first round's collectives.
       inputs: x_TR, and pytrees of what else y depends on, such as weights, so that they get gradients.
     """
 
-    def over_rounds(body: Callable[[Plan], Any], left_TK: Array, like: Any) -> Any:
-        """`body(plan)` added up over the rounds: in float32, then as `like`."""
+    def over_rounds(body: Callable[[Plan], Any], left_TK: Array, first: Any) -> tuple[Any, Array]:
+        """`first` and `body(plan)` of all rounds added up, in float32, and whether anything is left: 0."""
 
         def anything(left_TK: Array) -> Array:
             return jax.lax.pmax(jnp.any(left_TK < exchange.num_experts).astype(jnp.int32), axes)
@@ -45,14 +47,18 @@ def further_rounds(
             assert plan.left_TK is not None
             return plan.left_TK, anything(plan.left_TK), total
 
-        zeros = jax.tree.map(lambda x: jnp.zeros_like(x, jnp.float32), like)
+        total = jax.tree.map(lambda x: x.astype(jnp.float32), first)
         with jax.named_scope(FURTHER):
-            total = jax.lax.while_loop(lambda carry: carry[1] > 0, trip, (left_TK, anything(left_TK), zeros))[2]
-        return jax.tree.map(lambda sum, x: sum.astype(x.dtype), total, like)
+            carry = left_TK, anything(left_TK), total
+            _, more, total = jax.lax.while_loop(lambda carry: carry[1] > 0, trip, carry)
+        return jax.tree.map(lambda sum, x: sum.astype(x.dtype), total, first), more
 
     @jax.custom_vjp
-    def rest(left_TK: Array, *inputs: Any) -> Array:
-        return over_rounds(lambda plan: in_round(plan, *inputs), left_TK, inputs[0])
+    def rest(left_TK: Array, y_TR: Array, *inputs: Any) -> Array:
+        return over_rounds(lambda plan: in_round(plan, *inputs), left_TK, y_TR)[0]
+
+    def forward(left_TK: Array, y_TR: Array, *inputs: Any) -> tuple[Array, Any]:
+        return rest(left_TK, y_TR, *inputs), (left_TK, *inputs)
 
     def backward(saved: Any, dy_TR: Array) -> Any:
         left_TK, *inputs = saved
@@ -60,7 +66,21 @@ def further_rounds(
         def body(plan: Plan) -> Any:
             return jax.vjp(functools.partial(in_round, plan), *inputs)[1](dy_TR)
 
-        return None, *over_rounds(body, left_TK, tuple(inputs))
+        gradients, more = over_rounds(body, left_TK, jax.tree.map(jnp.zeros_like, tuple(inputs)))
+        return None, _behind_loop(dy_TR, more), *gradients
 
-    rest.defvjp(lambda *saved: (rest(*saved), saved), backward)
-    return rest(left_TK, *inputs)
+    rest.defvjp(forward, backward)
+    return rest(left_TK, y_TR, *inputs)
+
+
+def _behind_loop(dy_TR: Array, more: Array) -> Array:
+    """dy_TR, which on CPU devices is there once the loop that gives `more`, 0, has ended.
+
+    XLA:CPU up to jax 0.11 begins a collective that does not need a loop's results while the loop's own collectives run,
+    and then gives one the arrays of the other, or waits for ever.
+    """
+
+    def once_ended(dy_TR: Array, more: Array) -> Array:
+        return jnp.where(more > 0, jnp.nan, dy_TR)
+
+    return jax.lax.platform_dependent(dy_TR, more, cpu=once_ended, default=lambda dy_TR, more: dy_TR)
