@@ -9,7 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from interchange.tools import MODELS
 from model.tools import (
+    abstract_model,
     assert_close,
     leaf_name,
     leaves,
@@ -28,11 +30,11 @@ from bigmac_jax.config import Config, ConfigError, TuningConfig
 from bigmac_jax.data.batch import batch_from_windows
 from bigmac_jax.model import transformer
 from bigmac_jax.model.adapters import adapted, attached, make_adapters
-from bigmac_jax.model.parameters import Adapted, declared
+from bigmac_jax.model.parameters import Adapted, declared, named_leaves
 from bigmac_jax.training.loss import loss_fn
 from bigmac_jax.training.restore import Restored
 from bigmac_jax.training.step import Trainer, TrainState, build_model, merge_adapters, split_model
-from bigmac_jax.tuning.peft import export_adapters
+from bigmac_jax.tuning.peft import _find_places, export_adapters
 
 ALL = "attention,projections,shared,experts,router"
 # data, node, expert, tensor, fsdp, split_experts
@@ -276,3 +278,22 @@ def test_a_gradient_goes_to_the_router_where_it_is_trained(trained: bool) -> Non
         found = leaves(jax.grad(total)(params))
     for name, value in found.items():
         assert (value == (trained or "router" not in name)).all(), name
+
+
+def test_places_of_experts_whose_class_has_gate_and_up_in_one() -> None:
+    """PEFT adapts one parameter of Qwen's experts where two of ours are, in the class' order, each once."""
+    plain: Config = tiny(**MODELS["qwen"])
+    train = dataclasses.replace(plain.train, init_from="some")
+    tuning = TuningConfig(lora_rank=2, lora_targets="attention,experts")
+    config = dataclasses.replace(plain, tuning=tuning, train=train)
+    with on_mesh(config):
+        _, base, _ = split_model(abstract_model(config))
+        adapters = jax.eval_shape(lambda: make_adapters(config, base, jax.random.key(0)))
+    found = {place.name: place.parts for place in _find_places(config, named_leaves(adapters), named_leaves(base))}
+    layers = range(plain.model.num_layers)
+    expected = {f"model.layers.{i}.self_attn.{name}_proj": [name] for i in layers for name in ("q", "k", "v", "o")}
+    for i in layers:
+        at = f"model.layers.{i}.mlp.experts"
+        expected |= {f"{at}.gate_up_proj": ["gate", "up"], f"{at}.down_proj": ["down"]}
+    parts = {name: [tensor.name.split(".")[-2].removesuffix("_proj") for tensor in of] for name, of in found.items()}
+    assert parts == expected
