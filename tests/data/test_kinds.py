@@ -140,6 +140,16 @@ def test_parts_of_files_are_where_lines_begin(tmp_path, make_config, monkeypatch
         assert len(docs.units) == -(-path.stat().st_size // unit)
 
 
+@pytest.mark.parametrize(("unit", "expected"), [(9, 4), (10, 2), (19, 2), (20, 1)])
+def test_small_files_fill_a_unit(unit, expected, tmp_path, make_config, monkeypatch):
+    """Four of five bytes: as many as go into it whole."""
+    monkeypatch.setattr(local_files, "UNIT", unit)
+    for name in "abcd":
+        (tmp_path / f"{name}.txt").write_text("text ")
+    docs = open_documents(make_config(tmp_path, **OWN).data, "train", str(tmp_path / "cache"))
+    assert len(docs.units) == expected and list(docs) == ["text "] * 4
+
+
 def test_long_texts_come_in_the_pieces_of_the_whole():
     """However they are cut into chunks; an end of one is not an end of the text."""
     text = "".join(f"wörd{i}\n " for i in range(90_000)) + "x" * 600_000

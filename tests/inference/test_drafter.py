@@ -98,6 +98,20 @@ def test_what_saves_nothing_is_refused(mesh: tuple, fields: dict, how: dict, mes
 
 
 @pytest.mark.parametrize(
+    ("how", "modules", "expected"),
+    [
+        ({}, 1, False),
+        ({"tokens": 1}, 1, True),
+        ({"tokens": 1}, 0, False),
+        ({"tokens": 4, "by": "local"}, 1, False),
+        ({"tokens": 1, "by": "mtp"}, 0, True),  # and `check` refuses it
+    ],
+)
+def test_who_drafts(how: dict, modules: int, expected: bool) -> None:
+    assert Speculation(**how).by_module(tiny(mtp_modules=modules)) == expected
+
+
+@pytest.mark.parametrize(
     ("how", "message"),
     [
         ({"tokens": 33}, r"speculate=33 must lie in \[0, 32\]"),

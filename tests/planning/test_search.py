@@ -30,7 +30,8 @@ from bigmac_jax.planning.cluster import mesh_group
 from bigmac_jax.planning.cost import step_time
 from bigmac_jax.planning.hardware import load_hardware
 from bigmac_jax.planning.hardware.torus import larger
-from bigmac_jax.planning.search import NEAREST, Candidate, describe, flags, search
+from bigmac_jax.planning.load import Load
+from bigmac_jax.planning.search import NEAREST, Candidate, axes, describe, fastest, flags, search
 
 CONFIG = Config(
     model=ModelConfig(num_layers=2, hidden_size=256, vocab_size=512, num_experts=16, top_k=4),
@@ -192,6 +193,15 @@ def test_a_candidate_is_what_it_says() -> None:
         count = counts.parameters(c.config, c.sizes)
         assert c.memory == rank_memory(c.config, 8, mesh_group(c.sizes, H100), count)
         assert c.headroom == 1 - sum(c.memory.values()) / H100.memory_bytes
+
+
+def test_candidates_are_timed_with_the_load() -> None:
+    """Twice the rows on the busiest rank cost time where experts are split, and nothing on one rank."""
+    machines = [replace(EIGHT, load=Load(busiest)) for busiest in (1.0, 2.0)]
+    meshes = {(1, 8, 1, 1, 1), (1, 1, 1, 8, 1)}  # replica, data, node, expert, tensor
+    even, uneven = ({axes(c): c.times.tokens_per_s for c in fastest(CONFIG, on, meshes)} for on in machines)
+    assert even.keys() == uneven.keys() == meshes
+    assert [uneven[mesh] < 0.95 * even[mesh] for mesh in sorted(meshes)] == [True, False]
 
 
 @pytest.mark.full

@@ -22,6 +22,7 @@ from bigmac_jax.data.token_cache import open_cached_stream
 from bigmac_jax.data.token_shards import ShardStore
 from bigmac_jax.data.tokenizer import ByteTokenizer
 from bigmac_jax.runtime import leases, storage
+from bigmac_jax.runtime import mirror as mirror_module
 from bigmac_jax.runtime.leases import HeldError, Lease
 from bigmac_jax.runtime.mirror import Mirror
 from bigmac_jax.training import manifest
@@ -397,7 +398,7 @@ def test_each_machine_keeps_digests_of_its_own(
     assert not list(storage.list_files(storage.locate(place, "cache_dir") / "digests"))
 
 
-def test_a_mirror(place: str) -> None:
+def test_a_mirror(place: str, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = storage.locate(place, "workdir")
     mirror = Mirror(folder)
     with (mirror.folder / "metrics.jsonl").open("a") as file:
@@ -409,6 +410,11 @@ def test_a_mirror(place: str) -> None:
         file.flush()
         mirror.copy_sometimes()  # not yet
         assert (folder / "metrics.jsonl").read_bytes() == b"1\n"
+        monkeypatch.setattr(mirror_module, "_EVERY", 0.0)
+        mirror.copy_sometimes()
+        assert mirror._thread
+        mirror._thread.join(30)
+        assert (folder / "metrics.jsonl").read_bytes() == b"1\n2\n"
     mirror.close()
     assert not mirror.folder.exists()
     again = Mirror(folder)
