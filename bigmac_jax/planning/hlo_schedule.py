@@ -149,7 +149,7 @@ class _Costs:
       kernel_share: share of the peak that kernels other than attention's reach.
     """
 
-    def __init__(self, module: Module, rates: Rates, kernel_share: float = 1.0):
+    def __init__(self, module: Module, rates: Rates, kernel_share: float):
         self.module, self.rates, self.kernel_share = module, rates, kernel_share
         self.flops_within = functools.cache(self._flops_within)
 

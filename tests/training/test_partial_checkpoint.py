@@ -18,20 +18,22 @@ from flax import nnx
 from model.tools import random_tokens
 
 from bigmac_jax import tuning
-from bigmac_jax.config import Config, ConfigError
+from bigmac_jax.config import Config, ConfigError, TrainConfig
 from bigmac_jax.data.pipeline import TrainIterator
 from bigmac_jax.model.memory import checkpoint_bytes
 from bigmac_jax.model.mesh import make_mesh
 from bigmac_jax.model.parameters import Declaration, declared
 from bigmac_jax.run import loop, start
-from bigmac_jax.training import manifest
+from bigmac_jax.training import manifest, partial_checkpoint
 from bigmac_jax.training.checkpoint import Checkpoints
 from bigmac_jax.training.partial_checkpoint import (
+    LEARNED,
     PARTS,
     WHOLE,
     Learned,
     Turn,
     join_copies,
+    join_saves,
     needed_saves,
     newest_copies,
     next_turn,
@@ -227,6 +229,25 @@ def test_each_expert_is_of_the_save_that_the_rule_names(tmp_path, mesh, of):
                 wanted = states[copies[part][i, e]][name]
                 assert found[i, e].tobytes() == wanted[i, e].tobytes(), (name, i, e)
     assert position["batches"] == 5 and position["experts"]["lost"] > 0
+
+
+@pytest.mark.parametrize(("newest", "doubled"), [(WHOLE, 1), (Turn(0, 4, "both"), 2)], ids=["whole", "half"])
+def test_only_who_loses_more_saves_more(newest: Turn, doubled: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was lost before, above the limit though it is, has doubled K once already."""
+    monkeypatch.setattr(partial_checkpoint, "expert_shape", lambda params: (2, 8))
+    train = TrainConfig(experts_per_checkpoint=2, most_lost_updates=0.1)
+    learned = {
+        4: Learned(np.full((2, 8), 4.0), lost=9.0, asked=2, doubled=1),
+        5: Learned(np.full((2, 8), 5.0), lost=9.0, asked=2, doubled=1),
+    }
+    items = {"model": {"params": {"scale": np.ones(3)}}}
+
+    def read(step: int, wanted: Any) -> tuple[Any, Any]:
+        return items, {LEARNED: learned[step].to_json()}
+
+    _, position, line = join_saves(5, {4: WHOLE, 5: newest}, items, read, train)
+    again = Learned.read(position[LEARNED], (2, 8), 5)
+    assert (again.doubled, again.lost > 9, bool(line)) == (doubled, doubled == 2, doubled == 2)
 
 
 class FaultError(Exception):
