@@ -1,5 +1,6 @@
 """Next-token modules in NemotronH's files, mtp.*: what they compute, by an independent reading; what is not read."""
 
+import dataclasses
 import json
 import logging
 import pathlib
@@ -222,3 +223,19 @@ def test_ranks_read_their_own_parts(tmp_path: pathlib.Path) -> None:
         export_model(again, copy, tmp_path / "again")
     files = [load_file(tmp_path / name / "model.safetensors") for name in ("out", "again")]
     jax.tree.map(np.testing.assert_array_equal, *files)
+
+
+def test_a_class_without_a_place_gets_the_model_alone(tmp_path: pathlib.Path, caplog: pytest.LogCaptureFixture) -> None:
+    """The same files as of the model that has none, and a line."""
+    config: Config = tiny(num_layers=1, mtp_modules=1, latent_norm="gate")
+    alone = dataclasses.replace(config, model=dataclasses.replace(config.model, mtp_modules=0))
+    with on_mesh(config), caplog.at_level(logging.WARNING):
+        model = random_model(config)
+        kept = leaves(random_model(alone)).keys()
+        export_model(config, model, tmp_path / "out", format="bigmac")
+        again, copy = import_model(tmp_path / "out")
+    assert [line for line in caplog.messages if "has no place for next-token modules (model.mtp_modules=1)" in line]
+    found, own = leaves(copy), leaves(model)
+    assert again.model.mtp_modules == 0 and found.keys() == kept
+    for name, value in found.items():
+        np.testing.assert_array_equal(value, own[name], err_msg=name)
