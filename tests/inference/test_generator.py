@@ -146,7 +146,6 @@ def test_streaming_gives_the_same_in_pieces(generator: Generator, greedy: list[C
     assert "".join(pieces) == greedy[3].text and len(pieces) == NEW
 
 
-@pytest.mark.full
 def test_parts_of_a_list_give_what_the_whole_list_gives(generator: Generator) -> None:
     requests = [Request(PROMPTS[0], Sampling(max_tokens=NEW, temperature=3.0, ignore_eos=True))] * 2
     numbers: list[int] = []
