@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from functools import partial
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import jax
 import numpy as np
@@ -146,6 +147,18 @@ def test_streaming_gives_the_same_in_pieces(generator: Generator, greedy: list[C
     assert "".join(pieces) == greedy[3].text and len(pieces) == NEW
 
 
+def test_prompts_are_numbered_from_the_first(generator: Generator, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Random draws depend on the number, and errors name it."""
+    run = mock.Mock(side_effect=InterruptedError)
+    monkeypatch.setattr(generator, "_run", run)
+    with pytest.raises(InterruptedError):
+        generator.generate(["a", "b"], first=7)
+    assert [job.number for job in run.call_args.args[0]] == [7, 8]
+    with pytest.raises(ConfigError, match="prompt 8 is empty"):
+        generator.generate([""], first=7)
+
+
+@pytest.mark.full
 def test_parts_of_a_list_give_what_the_whole_list_gives(generator: Generator) -> None:
     requests = [Request(PROMPTS[0], Sampling(max_tokens=NEW, temperature=3.0, ignore_eos=True))] * 2
     numbers: list[int] = []
