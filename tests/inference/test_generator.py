@@ -152,7 +152,7 @@ def test_prompts_are_numbered_from_the_first(generator: Generator, monkeypatch: 
     run = mock.Mock(side_effect=InterruptedError)
     monkeypatch.setattr(generator, "_run", run)
     with pytest.raises(InterruptedError):
-        generator.generate(["a", "b"], first=7)
+        generator.generate(["a", "b"], first=7, max_tokens=2)
     assert [job.number for job in run.call_args.args[0]] == [7, 8]
     with pytest.raises(ConfigError, match="prompt 8 is empty"):
         generator.generate([""], first=7)
