@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Iterator
 from typing import Any
+from unittest import mock
 
 import jax
 import pytest
@@ -180,3 +181,18 @@ def test_what_goes_wrong_in_wandb_costs_a_line(
     assert [record["step"] for record in read_records(tmp_path)] == [1, 2]
     (line,) = [record.getMessage() for record in caplog.records]
     assert line == "wandb gets no more records (RuntimeError: no network at all); metrics.jsonl has all"
+
+
+def test_every_start_asks_for_the_same_run(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the config of each, of which a resume may change some."""
+    asked: list[dict[str, Any]] = []
+    monkeypatch.setattr(wandb, "init", lambda **given: asked.append(given) or mock.Mock())
+    for seed in (1, 2):
+        (tmp_path / "config.json").write_text(json.dumps({"seed": seed}))
+        MetricsWriter(tmp_path, 0, 2, "bigmac").close()
+    first, second = asked
+    assert first["id"] == second["id"] == (tmp_path / "wandb" / "id").read_text() and len(first["id"]) == 8
+    assert [given["config"] for given in asked] == [{"seed": 1}, {"seed": 2}]
+    for given in asked:
+        assert (given["project"], given["resume"], given["allow_val_change"]) == ("bigmac", "allow", True)
+        assert given["settings"].console == "off"
