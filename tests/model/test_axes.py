@@ -15,7 +15,7 @@ from bigmac_jax.model.moe import MoE
 from bigmac_jax.planning import hlo
 from bigmac_jax.planning.compiled_programs import compile_program
 from bigmac_jax.planning.hlo_collectives import collectives
-from bigmac_jax.runtime.collective_order import beside_loops
+from bigmac_jax.runtime.collective_order import note
 
 from .test_expert_parallel import BACKBONES, LAYOUTS, ROUTERS, STRUCTURES, check, name
 from .tools import PAPER, some, tiny
@@ -200,7 +200,7 @@ def sent(structure: str, mesh: Mesh) -> Counter[tuple[str, str, tuple[int, ...]]
     """Collectives of the compiled step's loops over layers: (kind, axes, shape) of every array that moves."""
     fields = {"structure": structure, "capacity_factor": 1.0, "qk_norm": False, "positions": "none", "balance": "none"}
     compiled = compile_program(tiny(mesh, num_layers=3, **fields), jax.devices()[: math.prod(mesh[:4])])
-    assert not beside_loops(compiled.text)
+    assert not note("step", compiled.text)
     module = hlo.parse(compiled.text)
     found: Counter[tuple[str, str, tuple[int, ...]]] = Counter()
     for c in collectives(module, compiled.mesh):
