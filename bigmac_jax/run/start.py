@@ -263,12 +263,13 @@ def restore_or_begin(
 
 def _compile(trainer: Trainer, config: Config) -> Future[tuple[Step, float]]:
     """Compiles the training step in a thread → the compiled step, and the seconds that it took."""
-    start, on_cpu = time.perf_counter(), platform() == "cpu"
-    lowered = step_program(config, jax.sharding.get_mesh(), trainer).lower()
+    start, mesh = time.perf_counter(), jax.sharding.get_mesh()
+    lowered = step_program(config, mesh, trainer).lower()
+    looks = platform() == "cpu" and mesh.size > 1 and hosts.is_first()
 
     def compile_step() -> tuple[Step, float]:
         compiled = lowered.compile()
-        if on_cpu and (line := collective_order.note("step", compiled.as_text())):
+        if looks and (line := collective_order.note("step", compiled.as_text())):
             _log.warning("%s", line)
         return compiled, time.perf_counter() - start
 

@@ -27,7 +27,6 @@ SETTINGS = {
     ),
 }
 
-
 # The share of a GPU's memory that a process may use. With it the memory of the hardware files, which `fits` compares
 # with, is what there is: 80e9 of the 85e9 bytes that an H100 has.
 GPU_MEMORY = 0.94

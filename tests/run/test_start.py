@@ -7,6 +7,7 @@ import pathlib
 from typing import Any
 from unittest import mock
 
+import jax
 import pytest
 from threads_as_processes import run_as_processes
 
@@ -113,14 +114,29 @@ def test_process_0_says_whether_the_run_has_begun(tmp_path: pathlib.Path, monkey
     assert [resumed for resumed, _ in told] == [True, True]
 
 
-@pytest.mark.parametrize(("platform", "expected"), [("cpu", ["a line on the step: its text"]), ("tpu", [])])
+@pytest.mark.parametrize(
+    ("platform", "devices", "process", "expected"),
+    [
+        ("cpu", 2, 0, ["a line on the step: its text"]),
+        ("cpu", 1, 0, []),  # has nobody to mix anything up with
+        ("cpu", 2, 1, []),  # the first has said it
+        ("tpu", 2, 0, []),
+    ],
+)
 def test_a_step_whose_collectives_may_be_mixed_up_is_named(
-    platform: str, expected: list[str], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    platform: str,
+    devices: int,
+    process: int,
+    expected: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     compiled = mock.Mock(**{"as_text.return_value": "its text"})
     program = mock.Mock(**{"lower.return_value.compile.return_value": compiled})
     monkeypatch.setattr(start, "step_program", lambda *_: program)
     monkeypatch.setattr(start, "platform", lambda: platform)
     monkeypatch.setattr(start.collective_order, "note", lambda name, text: f"a line on the {name}: {text}")
-    assert start._compile(mock.Mock(), Config()).result()[0] is compiled
+    monkeypatch.setattr(hosts, "is_first", lambda: process == 0)
+    with jax.set_mesh(jax.make_mesh((devices,), ("data",))):
+        assert start._compile(mock.Mock(), Config()).result()[0] is compiled
     assert [record.getMessage() for record in caplog.records] == expected

@@ -369,7 +369,7 @@ def test_a_stopped_process_ends_all_and_is_named(tmp_path: pathlib.Path) -> None
         assert run.processes[0].wait(TIMEOUT + 20) == 3, run.outputs
         run.processes[1].send_signal(signal.SIGCONT)
         assert run.wait()[0] == 3, run.outputs
-    line = r"error: process 1 \(\d+ on \S+, [^)\n]+\) has given no sign of life for \d+ s\n"
+    line = r"error: process 1 \(\d+ on \S+, (?:step \d+|[a-z ]+)(?:, [a-z ]+)?\) has given no sign of life for \d+ s\n"
     assert re.search(line, run.outputs[0]), run.outputs
 
 
