@@ -276,22 +276,27 @@ def test_what_is_no_http(server: Server) -> None:
 
 @pytest.mark.parametrize("stream", [True, False])
 def test_a_client_that_leaves_gives_its_slot_back(server: Server, stream: bool) -> None:
-    idle(server)
-    before = server.metric("bigmac_new_tokens_total")
-    connection = server.connection()
-    body = ASKED | {"max_tokens": 490, "stream": stream, "n": 3}
-    connection.request("POST", COMPLETIONS, json.dumps(body), HEADERS)
-    if stream:
-        response = connection.getresponse()
-        assert response.read(10)
-        response.close()
-    else:
-        end = time.monotonic() + 20
-        while server.metric("bigmac_new_tokens_total") == before:
-            assert time.monotonic() < end
-    connection.close()
-    idle(server)
-    assert 0 < server.metric("bigmac_new_tokens_total") - before < 3 * 490
+    """Its completions end early; on a busy machine they may have ended before it left, so it has five tries."""
+    body = json.dumps(ASKED | {"max_tokens": 490, "stream": stream, "n": 3}, allow_nan=False)
+    for _ in range(5):
+        idle(server)
+        before = server.metric("bigmac_new_tokens_total")
+        connection = server.connection()
+        connection.request("POST", COMPLETIONS, body, HEADERS)
+        if stream:
+            response = connection.getresponse()
+            assert response.read(10)
+            response.close()
+        else:
+            end = time.monotonic() + 20
+            while server.metric("bigmac_new_tokens_total") == before:
+                assert time.monotonic() < end
+        connection.close()
+        idle(server)
+        made = server.metric("bigmac_new_tokens_total") - before
+        if made < 3 * 490:
+            break
+    assert 0 < made < 3 * 490
 
 
 def test_a_full_queue_says_come_later(server: Server) -> None:
