@@ -76,9 +76,10 @@ def shadowed(tree: ast.Module) -> list[tuple[int, str]]:
                 visit(node, free | _bound(function))
 
     functions = [node for node in ast.walk(tree) if isinstance(node, Function)]
-    inside = {inner for function in functions for inner in _own(function) if isinstance(inner, Function)}
+    inner = {function: [node for node in _own(function) if isinstance(node, Function)] for function in functions}
+    inside = {node for nodes in inner.values() for node in nodes}
     for function in functions:
-        if function not in inside:
+        if function not in inside and inner[function]:  # without a function inside nothing is free
             visit(function, set())
     return found
 

@@ -44,24 +44,13 @@ def build(mesh: Mesh, structure: str, router: str, backbone: str, layout: str, *
     return tiny(mesh, **(STRUCTURES[structure] | ROUTERS[router] | BACKBONES[backbone] | LAYOUTS[layout] | model))
 
 
-# Two meshes; the product, and which structure, backbone and layout a mesh has in turn, is for `-m full`.
-TURNS = list(itertools.product(["bigmac", "fine_grained"], BACKBONES, LAYOUTS))
-COVERING = [
-    *((mesh, structure, "softmax", backbone, layout)
-      for i, mesh in list(enumerate(MESHES))[8::4] for structure, backbone, layout in [TURNS[5 * i % len(TURNS)]]),
-    ((2, 1, 2, 2, True, False), "vanilla", "sigmoid", "paper", "dropless"),
-]  # fmt: skip
-REST = sorted(set(itertools.product(MESHES, STRUCTURES, ["softmax", "sigmoid"], BACKBONES, LAYOUTS)) - set(COVERING))
-
-
-@pytest.mark.parametrize(("mesh", "structure", "router", "backbone", "layout"), some(COVERING), ids=name)
-def test_equals_the_reference(mesh: Mesh, structure: str, router: str, backbone: str, layout: str) -> None:
-    check(build(mesh, structure, router, backbone, layout))
+# In `make test` layers stand on both axes in test_rounds and test_replicas.
+EVERYWHERE = itertools.product(MESHES, STRUCTURES, ["softmax", "sigmoid"], BACKBONES, LAYOUTS)
 
 
 @pytest.mark.full
-@pytest.mark.parametrize(("mesh", "structure", "router", "backbone", "layout"), REST, ids=name)
-def test_equals_the_reference_everywhere(mesh: Mesh, structure: str, router: str, backbone: str, layout: str) -> None:
+@pytest.mark.parametrize(("mesh", "structure", "router", "backbone", "layout"), EVERYWHERE, ids=name)
+def test_equals_the_reference(mesh: Mesh, structure: str, router: str, backbone: str, layout: str) -> None:
     check(build(mesh, structure, router, backbone, layout))
 
 

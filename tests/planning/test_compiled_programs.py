@@ -279,6 +279,7 @@ def test_simulated_devices_stand_for_accelerators() -> None:
     assert compiled_programs.imitate_accelerators(chosen) == chosen
 
 
+@pytest.mark.full
 def test_memory_holds_what_layers_keep() -> None:
     """The hidden layers of the experts alone, of four times the tokens."""
     made = config(MESHES["1x4"], "all_to_all")

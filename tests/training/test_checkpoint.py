@@ -78,9 +78,8 @@ def restore_and_go_on(run: Session, workdir: pathlib.Path, state: TrainState, ne
     assert run.state.step == 3
 
 
-@pytest.mark.parametrize(
-    "mesh", ["1x1", *(pytest.param(m, marks=pytest.mark.full) for m in ("tensor", "2x2", "two machines"))]
-)
+@pytest.mark.full
+@pytest.mark.parametrize("mesh", ["1x1", "tensor", "2x2", "two machines"])
 def test_elastic(saved: dict[str, Any], mesh: str) -> None:
     """Saved on eight ranks (where the fixture restores it, too), restored on other meshes."""
     with session(config_on(saved["folder"], mesh)) as run:

@@ -162,9 +162,8 @@ MESHES = {
 }
 
 
-@pytest.mark.parametrize(
-    "mesh", ["2x2", *(pytest.param(mesh, marks=pytest.mark.full) for mesh in MESHES if mesh != "2x2")]
-)
+@pytest.mark.full  # in make test test_padding has two steps
+@pytest.mark.parametrize("mesh", MESHES)
 def test_muon(mesh: str) -> None:
     """Two steps of every parameter: matrices, also of experts, by Newton-Schulz in NumPy, all else by Adam."""
     config = tiny(MESHES[mesh], num_shared_experts=1, use_bias=True, tie_embeddings=False, projection_init="random")
