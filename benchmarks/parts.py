@@ -69,7 +69,7 @@ def main() -> None:
             heads,
         ),
         "fused cross-entropy / whole logits": (
-            lambda x, w: linear_cross_entropy(x, Weight(w, EXACT), targets).mean(),
+            lambda x, w: linear_cross_entropy(x, Weight(w, EXACT), targets, targets=None).mean(),
             lambda x, w: optax.softmax_cross_entropy_with_integer_labels(whole(x, w), targets).mean(),
             [x_BLD, w_VD],
         ),

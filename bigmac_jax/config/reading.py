@@ -51,7 +51,7 @@ def load_config(
 
 
 def load_with_base(
-    path: str | pathlib.Path | Mapping[str, Any], overrides: Sequence[str] | Mapping[str, Any] = ()
+    path: str | pathlib.Path | Mapping[str, Any], overrides: Sequence[str] | Mapping[str, Any]
 ) -> tuple[Config, Config]:
     """As `load_config`, with the config as it was before the overrides."""
     if isinstance(overrides, str):

@@ -227,7 +227,7 @@ def notes(config: Config, given: Iterable[str] = (), ranks: int = 0, base: Confi
     ]
 
 
-def evaluation_notes(config: Config, given: Iterable[str], ranks: int = 0) -> list[str]:
+def evaluation_notes(config: Config, given: Iterable[str], ranks: int) -> list[str]:
     """As `notes`, for fields that are given to an evaluation, which drops nothing."""
     dropless = dataclasses.replace(config.model, capacity_factor=math.inf, overflow="drop")
     config = dataclasses.replace(config, model=dropless)

@@ -252,7 +252,7 @@ class Chat:
         """What stands before, between and behind the special tokens of a rendered text."""
         return self._any_name.split(text)
 
-    def check_text(self, text: str, what: str, index: int | None = None) -> None:
+    def check_text(self, text: str, what: str, index: int | None) -> None:
         """Raises ChatError if a text holds what only a template may write."""
         found = next((name for name in (*self._names, _BEGIN, _END) if name in text), None)
         if found is not None:

@@ -72,7 +72,7 @@ class Conversations:
         the tokenizer doesn't encode a text piece by piece, so that no answer can be told from its prompt.
     """
 
-    def __init__(self, config: Config, split: str, tokenizer: Tokenizer, date: str = ""):
+    def __init__(self, config: Config, split: str, tokenizer: Tokenizer, date: str):
         _check_sources(config)
         docs = open_documents(config.data, split, config.cache_dir)
         if not isinstance(docs, FileDocuments):

@@ -137,7 +137,7 @@ class Mixture:
         stages += [(at + batches - step, weights) for at, weights in self._curriculum if at > step]
         return Mixture(self.parts, self._curriculum, self._batch_size, stages)
 
-    def check_epochs(self, windows: Mapping[str, int], steps: int, left_out: int = 0) -> list[str]:
+    def check_epochs(self, windows: Mapping[str, int], steps: int, left_out: int) -> list[str]:
         """Says in a line for each source how often a run of so many steps reads it; raises ConfigError if that is more
         often than it may be.
 

@@ -81,7 +81,7 @@ class Pieces(NamedTuple):
     number_N: np.ndarray
 
 
-def cut_documents(stream: TokenStream, length: int, stride: int = 0) -> Pieces:
+def cut_documents(stream: TokenStream, length: int, stride: int) -> Pieces:
     """Cuts each document of a stream into pieces of at most `length` inputs. Each begins `stride` tokens after the one
     before; 0: they do not overlap."""
     step = stride or length

@@ -118,7 +118,7 @@ class StreamWindows:
         return self._stream.tokens(w * self._length, (w + 1) * self._length + 1)
 
 
-def make_windows(config: Config, stream: TokenStream | Conversations, name: str = "") -> StreamWindows | PackedWindows:
+def make_windows(config: Config, stream: TokenStream | Conversations, name: str) -> StreamWindows | PackedWindows:
     """Cuts a stream, or the source `name` of a mixture, into the windows of one epoch, in its order. Raises ConfigError
     if there are fewer than data.batch_size; for a mixture's source, none."""
     data = config.data

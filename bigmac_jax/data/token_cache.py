@@ -145,7 +145,7 @@ class CachedStream(TokenStream):
 
 
 def open_cached_stream(
-    docs: Documents, split: str, tokenizer: Tokenizer, cache_dir: str, processes: int = 0
+    docs: Documents, split: str, tokenizer: Tokenizer, cache_dir: str, processes: int
 ) -> CachedStream:
     """Opens the tokens of `docs`; those that are missing or damaged in the cache are made first, together with other
     processes and hosts that do the same, at most `processes` here (0 = one per core). Any of them may be killed at any

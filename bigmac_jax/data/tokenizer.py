@@ -277,7 +277,7 @@ def encode_at_most(
     texts: Sequence[str],
     most: int,
     token_bytes: int,
-    check: Callable[[], object] = lambda: None,
+    check: Callable[[], object],
 ) -> list[int]:
     """Encodes texts one behind the other, piece by piece: time and memory follow `most`, not the texts. Raises
     TooLongError for more tokens than that, before anything is encoded where a token's bytes are bounded (`token_bytes`,

@@ -30,7 +30,7 @@ def count_cores() -> int:
     return len(os.sched_getaffinity(0))
 
 
-def make_shards(store: ShardStore, processes: int = 0) -> None:
+def make_shards(store: ShardStore, processes: int) -> None:
     """Makes all units of a store that are missing, together with other hosts that do the same, by at most `processes`
     processes here (0 = one per core). Raises ConfigError for what is wrong with the source, or how a process ended."""
     from bigmac_jax.runtime import hosts  # and jax, which the processes that it starts do without

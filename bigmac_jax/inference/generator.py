@@ -296,7 +296,7 @@ def _completion(job: Job) -> Completion:
     return Completion(text.text, tuple(text.tokens), tuple(text.logprobs), text.finish_reason, len(job.prompt))
 
 
-def _fits_gathered(config: Config, weights: str, by_module: bool = False) -> bool:
+def _fits_gathered(config: Config, weights: str, by_module: bool) -> bool:
     """Whether a device's weights take at most half of its memory where mesh.fsdp splits none, in all processes; a line
     says if not. `by_module` as in `Speculation`."""
     if not config.mesh.fsdp:

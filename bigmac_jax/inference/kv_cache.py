@@ -123,7 +123,7 @@ def make_decoder(
     return Decoder(to_decoder(ends)[0], tuple(groups), modules, store)
 
 
-def make_cache(decoder: Decoder, pages: int, page_size: int, slots: int = 0) -> Cache:
+def make_cache(decoder: Decoder, pages: int, page_size: int, slots: int) -> Cache:
     """An empty cache with so many pages, and slots for Mamba layers, for each batch shard and layer."""
     sizes = pages, page_size, slots
     pasts = tuple(

@@ -10,7 +10,7 @@ import tokenizers
 from tokenizers import AddedToken, decoders, models, pre_tokenizers
 
 from bigmac_jax.config import Config, ConfigError
-from bigmac_jax.data.chat_files import NO_CHAT, ChatFiles, format_chat_files, format_splits, read_chat
+from bigmac_jax.data.chat_files import ChatFiles, format_chat_files, format_splits, read_chat
 from bigmac_jax.data.chat_template import Chat
 from bigmac_jax.data.tokenizer import (
     END_OF_TEXT,
@@ -27,7 +27,7 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
 _log = logging.getLogger(__name__)
 
 
-def write_tokenizer(directory: pathlib.Path, config: Config, tokenizer: Tokenizer, chat: ChatFiles = NO_CHAT) -> None:
+def write_tokenizer(directory: pathlib.Path, config: Config, tokenizer: Tokenizer, chat: ChatFiles) -> None:
     """Writes the files with which transformers' PreTrainedTokenizerFast encodes text as `tokenizer` does. A
     SentencePiece model, which has no tokenizer.json, is copied.
 

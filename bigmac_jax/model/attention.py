@@ -44,7 +44,7 @@ def find_documents(segments_BL: Array) -> Documents:
 
 
 @jax.named_scope("rotary")
-def rotate(x_BLNH: Array, theta: float, position_BL: Array | None = None) -> Array:
+def rotate(x_BLNH: Array, theta: float, position_BL: Array | None) -> Array:
     """Rotary position embedding (RoFormer): pairs (i, i + H/2) turn by position · theta^(-2i/H).
 
     Args:

@@ -109,13 +109,13 @@ def _taken(weights: AnyWeights) -> Weights:
     return {name: w.take() if isinstance(w, InStack) else w for name, w in weights.items()}
 
 
-def sort_for_kernel(expert_NK: Array, experts: int, most_local: int | None = None) -> Sorted:
+def sort_for_kernel(expert_NK: Array, experts: int, most_local: int | None) -> Sorted:
     """Where the kernel wants the rows: sorted, in a number of slots that its row tiles divide."""
     rows = most_chosen(expert_NK, experts, most_local)
     return sort(expert_NK, experts, rows + -rows % row_tile(rows))
 
 
-def layout(config: Config, expert_NK: Array, experts: int, share: int, most_local: int | None = None) -> Groups:
+def layout(config: Config, expert_NK: Array, experts: int, share: int, most_local: int | None) -> Groups:
     """Where the other implementations want the rows; arguments as for `grouped_mlp`."""
     if _implementation(config) == "batched":
         even, block = min(share, expert_NK.shape[0]), max(1, min(BLOCK, share // 8))

@@ -61,7 +61,7 @@ def join(w: Weight, other: Weight) -> Weight:
     return w._replace(value=jnp.concatenate([w.value, other.value], axis=-1), shape=shape)
 
 
-def gather_weight(w: Array, spec: P, split: tuple[str, ...], crossing: Crossing, shape: tuple[int, ...] = ()) -> Array:
+def gather_weight(w: Array, spec: P, split: tuple[str, ...], crossing: Crossing, shape: tuple[int, ...]) -> Array:
     """Gathers a parameter from its shards, inside `shard_map`; its gradient is summed over ranks and scattered back.
 
     Args:

@@ -70,7 +70,7 @@ def sort(expert_NK: Array, experts: int, slots: int) -> Sorted:
     return Sorted(slot.reshape(expert_NK.shape), of_slots(order_NK, choices), of_slots(sorted_NK, experts - 1), sizes_e)
 
 
-def most_chosen(expert_NK: Array, experts: int, most_local: int | None = None) -> int:
+def most_chosen(expert_NK: Array, experts: int, most_local: int | None) -> int:
     """The most choices of local experts: `most_local`, or all that N rows can have, none of an expert twice."""
     N, K = expert_NK.shape
     return most_local or N * min(K, experts)

@@ -87,7 +87,7 @@ _COPIED = 2**21
 _MANY_ROWS = 1024  # of a product that takes longer than its start and its bytes
 
 
-def weight_gradient(x_TX: Array, dy_TY: Array, precision: Any = None) -> Array:
+def weight_gradient(x_TX: Array, dy_TY: Array, precision: Any) -> Array:
     """xᵀ dy → [..., X, Y], of matrices [..., T, X] and [..., T, Y].
 
     On CPU xᵀ is copied first: XLA:CPU multiplies a matrix that stands transposed at a half to a quarter of the speed.

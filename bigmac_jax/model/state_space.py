@@ -108,7 +108,7 @@ class Steps(NamedTuple):
     c_BLF: Array
 
 
-def scan_states(steps: Steps, state_BNPS: Array, chunk: int, position_BL: Array | None = None) -> tuple[Array, Array]:
+def scan_states(steps: Steps, state_BNPS: Array, chunk: int, position_BL: Array | None) -> tuple[Array, Array]:
     """Runs a state space over whole sequences, by chunks as matrix products (state-space duality).
 
     Decays and states are float32; products take their inputs in the dtype of x, and sum in float32.

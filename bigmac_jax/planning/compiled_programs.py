@@ -18,7 +18,7 @@ from bigmac_jax.model.exchange.costs import Sent
 from bigmac_jax.model.kernels.flash_attention import attention_implementation
 from bigmac_jax.model.mesh import HOST, make_mesh
 from bigmac_jax.planning import hlo, hlo_schedule, host_copies
-from bigmac_jax.planning.abstract_programs import NAMES, make_program
+from bigmac_jax.planning.abstract_programs import make_program
 from bigmac_jax.planning.cluster import Cluster, cluster
 from bigmac_jax.planning.cost import flops_outside_kernels
 from bigmac_jax.planning.hardware import Hardware
@@ -118,7 +118,7 @@ def imitate_accelerators(config: Config) -> Config:
     return dataclasses.replace(config, execution=execution)
 
 
-def describe_programs(config: Config, target: Target, names: Sequence[str] = NAMES) -> dict[str, dict[str, Any]]:
+def describe_programs(config: Config, target: Target, names: Sequence[str]) -> dict[str, dict[str, Any]]:
     """Compiles programs and describes each for plan.py's JSON: bytes and FLOPs of all ranks in one execution, memory of
     one rank. One that does not compile has "compiler", the reason, and "change", a field that may help."""
     found = {}

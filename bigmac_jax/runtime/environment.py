@@ -168,9 +168,7 @@ def compiler_options(
     return {name: value for name, (value, _) in defaults.items()} | dict(given or {})
 
 
-def default_options(
-    device: Any, overlap: bool = False, ragged: bool = False, offload: bool = False
-) -> dict[str, tuple[Any, str]]:
+def default_options(device: Any, overlap: bool, ragged: bool, offload: bool) -> dict[str, tuple[Any, str]]:
     """The COMPILER_OPTIONS for a `jax.Device`, each with its reason.
 
     Args:

@@ -322,7 +322,7 @@ def fetch_tree(source: pathlib.Path, target: pathlib.Path) -> None:
         shutil.rmtree(part, ignore_errors=True)
 
 
-def send_tree(source: pathlib.Path, target: pathlib.Path, last: str = "") -> None:
+def send_tree(source: pathlib.Path, target: pathlib.Path, last: str) -> None:
     """Copies a local folder to a store's; the file `last` comes last, as the sign that the others are there."""
     paths = [path for path in list_files(source) if path.name != last]
     names = [f"{target}/{path.relative_to(source).as_posix()}" for path in paths]

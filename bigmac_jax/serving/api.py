@@ -78,7 +78,7 @@ def parse_request(
     vocab_size: int,
     longest: int,
     limits: Limits,
-    check: Callable[[], object] = lambda: None,
+    check: Callable[[], object],
 ) -> CompletionRequest:
     """Checks a request's fields and encodes its prompts. What is quick to check comes first, and nothing too long is
     encoded.

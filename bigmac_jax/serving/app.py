@@ -44,7 +44,7 @@ class Service:
     """
 
     def __init__(
-        self, generator: Generator, worker: Worker, chat: Dialogue, model: str, key: str = "", hosts: Sequence[str] = ()
+        self, generator: Generator, worker: Worker, chat: Dialogue, model: str, key: str, hosts: Sequence[str]
     ):
         self._generator, self._worker, self._chat, self._model = generator, worker, chat, model
         choices = min(worker.limits.choices, worker.capacity)  # more would never fit

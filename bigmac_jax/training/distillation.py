@@ -23,7 +23,6 @@ from bigmac_jax.model.gathering import Weight, on_each_rank
 from bigmac_jax.model.mesh import AXES, per_replica, rank_spec, tensor_ranks, token_spec
 from bigmac_jax.model.transformer import Transformer, through_layers
 from bigmac_jax.training.loss import (
-    WHOLE,
     LossTerms,
     Share,
     add_router_losses,
@@ -46,8 +45,8 @@ def distilled_loss(
     model: Transformer,
     teacher: Transformer,
     batch: Batch,
-    dropout_key: Array | None = None,
-    share: Share = WHOLE,
+    dropout_key: Array | None,
+    share: Share,
 ) -> tuple[Array, LossTerms]:
     """The loss of distillation; arguments and result as of `loss.loss_fn`. No gradient goes to the teacher."""
     tuning = model.config.tuning

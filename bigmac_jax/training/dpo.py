@@ -15,7 +15,7 @@ from bigmac_jax.data.batch import NO_TARGET, Batch
 from bigmac_jax.model.gathering import on_each_rank
 from bigmac_jax.model.mesh import batch_spec
 from bigmac_jax.model.transformer import Transformer
-from bigmac_jax.training.loss import WHOLE, LossTerms, Share, add_router_losses, mean_of_targets, token_nll
+from bigmac_jax.training.loss import LossTerms, Share, add_router_losses, mean_of_targets, token_nll
 
 
 class PairMetrics(NamedTuple):
@@ -33,8 +33,8 @@ def count_pairs(batch: Batch) -> Array:
 def dpo_loss(
     model: Transformer,
     batch: Batch,
-    dropout_key: Array | None = None,
-    share: Share = WHOLE,
+    dropout_key: Array | None,
+    share: Share,
 ) -> tuple[Array, LossTerms]:
     """Mean over pairs of -log sigmoid(beta · ((log p - log p_ref of the chosen) - (the same of the other))), plus the
     router's losses.

@@ -91,9 +91,7 @@ class Share(NamedTuple):
 WHOLE = Share()  # a batch that is no part of another
 
 
-def loss_fn(
-    model: Transformer, batch: Batch, dropout_key: Array | None = None, share: Share = WHOLE
-) -> tuple[Array, LossTerms]:
+def loss_fn(model: Transformer, batch: Batch, dropout_key: Array | None, share: Share) -> tuple[Array, LossTerms]:
     """Cross-entropy of the targets, plus the router's losses, summed over layers."""
     x_BLD, stats = _features(model, batch, dropout_key, share)
     ce_U = linear_cross_entropy(x_BLD, model.unembedding(), batch.targets_BL, share.targets)
@@ -161,7 +159,7 @@ class TokenScores(NamedTuple):
 
 
 @jax.named_scope("loss")
-def linear_cross_entropy(x_BLD: Array, w_VD: Weight, targets_BL: Array, targets: Array | None = None) -> Array:
+def linear_cross_entropy(x_BLD: Array, w_VD: Weight, targets_BL: Array, targets: Array | None) -> Array:
     """Mean cross-entropy of the logits x wᵀ over the targets that are not NO_TARGET, nats, without ever holding all
     logits, [U]. `targets` is the number to divide by of all replicas, if not that of these targets.
 

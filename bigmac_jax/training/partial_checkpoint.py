@@ -260,7 +260,7 @@ def join_saves(
     saves: Saves,
     abstract: Items,
     read: Callable[[int, Items], tuple[Items, Any]],
-    train: TrainConfig | None = None,
+    train: TrainConfig | None,
 ) -> tuple[Items, Any, str]:
     """Takes the save of `step`, and each expert that it lacks from the newest one before it that has it → the items,
     the position of `step` with what the experts have learned, and a line about what is lost, "" if nothing is.

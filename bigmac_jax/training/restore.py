@@ -50,9 +50,7 @@ class Restored(NamedTuple):
     loss: float | None
 
 
-def restore_parts(
-    workdir: str | pathlib.Path, step: str = "latest", config: Config | None = None, in_host: bool = False
-) -> Restored:
+def restore_parts(workdir: str | pathlib.Path, step: str, config: Config | None, in_host: bool = False) -> Restored:
     """Reads a checkpoint; arguments and errors as for `tuning.restore`."""
     workdir = storage.locate(workdir, "workdir")
     if hosts.is_first():

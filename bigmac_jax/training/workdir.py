@@ -21,7 +21,7 @@ from bigmac_jax.config import (
     seal,
     unseal,
 )
-from bigmac_jax.data.chat_files import NO_CHAT, SETTINGS_FILE, ChatFiles, format_chat_files, read_chat
+from bigmac_jax.data.chat_files import SETTINGS_FILE, ChatFiles, format_chat_files, read_chat
 from bigmac_jax.data.chat_files import TEMPLATE_FILE as CHAT_TEMPLATE
 from bigmac_jax.data.documents import log_once
 from bigmac_jax.data.tokenizer import Tokenizer, load_tokenizer
@@ -202,9 +202,9 @@ def write_run(
     data: dict[str, str],
     mesh: dict[str, int],
     tokenizer: Tokenizer,
-    chat: ChatFiles = NO_CHAT,
-    history: Sequence[str] | None = None,
-    parts: int = 0,
+    chat: ChatFiles,
+    history: Sequence[str] | None,
+    parts: int,
 ) -> None:
     """Writes config, tokenizer and chat template, and in run.json the run's data, mesh, parts, code and packages.
 

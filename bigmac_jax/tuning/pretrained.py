@@ -390,7 +390,7 @@ def restore(
 
 
 def restore_step(
-    workdir: str | pathlib.Path, step: str = "latest", config: Config | None = None, in_host: bool = False
+    workdir: str | pathlib.Path, step: str, config: Config | None, in_host: bool = False
 ) -> tuple[Config, Transformer, int, float | None]:
     """As `restore`; also the checkpoint's step, and its eval/loss if it was evaluated."""
     found = restore_parts(workdir, step, config, in_host)

@@ -12,7 +12,7 @@ from bigmac_jax.runtime.progress import Progress
 from bigmac_jax.training import programs
 
 
-def reference_nll(model: Transformer, windows: PackedConversations, batch_size: int, quiet: bool = True) -> np.ndarray:
+def reference_nll(model: Transformer, windows: PackedConversations, batch_size: int, quiet: bool) -> np.ndarray:
     """Computes -log p of every target, float32 [W, L], on every process; dropless. Where there is no target it is any
     number.
 

@@ -404,9 +404,9 @@ def test_a_saved_config_says_what_its_own_said(tmp_path: pathlib.Path) -> None:
 
 def test_an_evaluation_names_what_it_is_given() -> None:
     config = load_config("tiny", ["model.structure=dense", "optimizer.momentum=0.9"])
-    assert evaluation_notes(config, []) == []
+    assert evaluation_notes(config, [], ranks=0) == []
     given = ["execution.overlap_chunks", "execution.remat", "execution.dtype"]
-    assert evaluation_notes(config, given) == [
+    assert evaluation_notes(config, given, ranks=0) == [
         "set, but not read: execution.overlap_chunks=1 (model.structure=dense); execution.remat=none (no training)"
     ]
 

@@ -27,7 +27,7 @@ def stream_of(*lengths: int, seed: int = 0) -> MemoryStream:
 
 def test_pieces_by_hand() -> None:
     """Documents of 2, 0 and 7 tokens: with the end-of-text token before them they have 3, 1 and 8 inputs."""
-    start_N, size_N, number_N = cut_documents(stream_of(2, 0, 7), 5)
+    start_N, size_N, number_N = cut_documents(stream_of(2, 0, 7), 5, stride=0)
     assert (start_N.tolist(), size_N.tolist(), number_N.tolist()) == ([0, 3, 4, 9], [3, 1, 5, 3], [0, 0, 0, 1])
     start_N, size_N, number_N = cut_documents(stream_of(2, 0, 7), 5, stride=2)
     assert (start_N.tolist(), size_N.tolist(), number_N.tolist()) == ([0, 3, 4, 6, 8], [3, 1, 5, 5, 4], [0, 0, 0, 1, 2])

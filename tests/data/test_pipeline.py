@@ -87,7 +87,7 @@ def test_the_seed_decides(small, make_config, text_file):
 @pytest.mark.parametrize("count", [1, 2, 4, BATCH])
 def test_processes_share_the_global_batches(small, count):
     config, stream = small
-    dataset = shuffle_windows(config, make_windows(config, stream))
+    dataset = shuffle_windows(config, make_windows(config, stream, name=""))
     expected = np.stack([np.stack([dataset[g * BATCH + j] for j in range(BATCH)]) for g in range(50)])
     for rows in (np.arange(BATCH).reshape(count, -1), np.arange(BATCH).reshape(-1, count).T):  # blocks, and strided
         parts = [take(TrainIterator(config, stream, part.tolist()), 50) for part in rows]

@@ -175,14 +175,16 @@ def test_a_text_is_encoded_as_far_as_there_is_room() -> None:
         return tokenizer.encode_batch(texts)
 
     text = "peace and war, " * 40_000
-    assert encode_at_most(encode, [text, "b"], 10**6, 0) == tokenizer.encode(text) + tokenizer.encode("b")
+    assert encode_at_most(encode, [text, "b"], 10**6, 0, check=lambda: None) == tokenizer.encode(
+        text
+    ) + tokenizer.encode("b")
     done.clear()
     with pytest.raises(TooLongError):
-        encode_at_most(encode, [text], 1000, 0)
+        encode_at_most(encode, [text], 1000, 0, check=lambda: None)
     assert sum(done) < len(text) / 3
     done.clear()
     with pytest.raises(TooLongError):
-        encode_at_most(encode, [text], 1000, tokenizer.token_bytes)
+        encode_at_most(encode, [text], 1000, tokenizer.token_bytes, check=lambda: None)
     assert not done
 
 

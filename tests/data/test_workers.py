@@ -57,7 +57,7 @@ def test_the_first_process_alone_shows_what_is_done(monkeypatch, tmp_path, caplo
     monkeypatch.setattr(hosts, "is_first", lambda: process == 0)
     monkeypatch.setattr(workers, "Progress", lambda *_, **how: shown.append(how["silent"]) or contextlib.nullcontext())
     docs = types.SimpleNamespace(units=[], size=0, alone=True)
-    workers.make_shards(types.SimpleNamespace(docs=docs, split="train", work=lambda *_: None))
+    workers.make_shards(types.SimpleNamespace(docs=docs, split="train", work=lambda *_: None), processes=0)
     assert shown == [process == 1]
     monkeypatch.setattr(files.leases, "lock", lambda _, say: say("waiting") or contextlib.nullcontext())
     caplog.set_level("WARNING" if process else "INFO", "bigmac_jax")  # as `hosts` and the commands do

@@ -13,7 +13,7 @@ from model.tools import on_mesh, random_model, split_tokens, tiny
 from training.tools import text
 
 from bigmac_jax.config import Config, ConfigError, DataConfig, TuningConfig
-from bigmac_jax.data.chat_files import TEMPLATE_FILE
+from bigmac_jax.data.chat_files import NO_CHAT, TEMPLATE_FILE
 from bigmac_jax.data.corpus import open_documents
 from bigmac_jax.data.pipeline import open_stream, streams_by_source, text_stream
 from bigmac_jax.data.token_cache import Counts, MemoryStream
@@ -148,7 +148,7 @@ def test_a_mixture_whose_text_has_changed(tmp_path: pathlib.Path) -> None:
     data = dataclasses.replace(tiny(**CONFIG).data, tokenizer="bytes", mixture=f"{tmp_path}/a.txt=1,{tmp_path}/b.txt=2")
     config = Config(data=data, cache_dir=str(tmp_path / "cache"))
     known = {"train": open_documents(data, "train", config.cache_dir).fingerprint}
-    write_run(tmp_path / "run", config, known, {"data": 1}, ByteTokenizer())
+    write_run(tmp_path / "run", config, known, {"data": 1}, ByteTokenizer(), chat=NO_CHAT, history=None, parts=0)
     assert len(open_sources(tmp_path / "run", config, ["all"], "test", ByteTokenizer())) == 2
     (tmp_path / "b.txt").write_text("abcd " * 1000)
     for names in (["all"], ["a"]):
@@ -175,7 +175,7 @@ def test_a_data_set_of_the_run_is_cut_as_it_was_for_the_run(
         data = dataclasses.replace(tiny(**CONFIG).data, tokenizer="bytes", **own)
         config, workdir = Config(data=data, cache_dir=str(tmp_path / "cache")), tmp_path / f"run{bool(data.mixture)}"
         known = {"train": open_documents(data, "train", config.cache_dir).fingerprint}
-        write_run(workdir, config, known, {"data": 1}, ByteTokenizer())
+        write_run(workdir, config, known, {"data": 1}, ByteTokenizer(), chat=NO_CHAT, history=None, parts=0)
         alone = dataclasses.replace(data, mixture="", source="hf:a")
         found = open_sources(workdir, config, ["hf:a"], "test", ByteTokenizer())
         expected = {"a": open_documents(alone, "test", config.cache_dir).fingerprint}
@@ -184,10 +184,19 @@ def test_a_data_set_of_the_run_is_cut_as_it_was_for_the_run(
             open_sources(workdir, config, ["hf:a"], "validation", ByteTokenizer())
         assert open_sources(workdir, config, ["hf:b"], "validation", ByteTokenizer())["b"].counts.documents == 3
     both = dataclasses.replace(config, data=dataclasses.replace(data, mixture="hf:a=1,hf:b=1", validation_source=""))
-    write_run(tmp_path / "both", both, {}, {"data": 1}, ByteTokenizer())
+    write_run(tmp_path / "both", both, {}, {"data": 1}, ByteTokenizer(), chat=NO_CHAT, history=None, parts=0)
     found = open_sources(tmp_path / "both", both, ["hf:b", "a", "hf:a"], "test", ByteTokenizer())
     assert list(found) == ["b", "a"]
-    write_run(tmp_path / "changed", both, {"train": "of another text"}, {"data": 1}, ByteTokenizer())
+    write_run(
+        tmp_path / "changed",
+        both,
+        {"train": "of another text"},
+        {"data": 1},
+        ByteTokenizer(),
+        chat=NO_CHAT,
+        history=None,
+        parts=0,
+    )
     with pytest.raises(ConfigError, match="holds other data than"):
         open_sources(tmp_path / "changed", both, ["hf:b"], "test", ByteTokenizer())
 
@@ -201,7 +210,7 @@ def test_sources_of_a_tuned_run(tmp_path: pathlib.Path) -> None:
     tuning = TuningConfig(objective="sft", chat_template=str(given))
     data = DataConfig(source=f"{tmp_path}/rows.jsonl", tokenizer="bytes")
     config = Config(data=data, tuning=tuning, cache_dir=str(tmp_path / "cache"))
-    write_run(tmp_path / "run", config, {}, {"data": 1}, ByteTokenizer())
+    write_run(tmp_path / "run", config, {}, {"data": 1}, ByteTokenizer(), chat=NO_CHAT, history=None, parts=0)
     (tmp_path / "run" / TEMPLATE_FILE).write_text(template)
     found = open_sources(tmp_path / "run", config, [f"{tmp_path}/rows.jsonl"], "test", ByteTokenizer())
     assert found["rows"].chat.template == template

@@ -382,7 +382,7 @@ def test_a_server_gathers_what_fits(
     with on_mesh(config):
         device = SimpleNamespace(memory_stats=lambda: memory and {"bytes_limit": memory})
         monkeypatch.setattr(jax, "local_devices", lambda: [device])
-        assert _fits_gathered(config, "") == gathered
+        assert _fits_gathered(config, "", by_module=False) == gathered
     out, err = capsys.readouterr()
     assert ("weights stay split" in err) != gathered and not out  # of completions alone
 
@@ -400,7 +400,7 @@ def test_what_no_device_holds_needs_no_room(
         for (weights, size), short in itertools.product({"float32": 4, "bfloat16": 2, "int8": 1}.items(), (0, 1)):
             device = SimpleNamespace(memory_stats=lambda memory=2 * size * numbers - short: {"bytes_limit": memory})
             monkeypatch.setattr(jax, "local_devices", lambda device=device: [device])
-            assert _fits_gathered(config, weights) == (not short)
+            assert _fits_gathered(config, weights, by_module=False) == (not short)
             assert ("weights stay split" in capsys.readouterr().err) == bool(short)
 
 
@@ -411,7 +411,7 @@ def test_the_smallest_memory_says_what_fits(monkeypatch: pytest.MonkeyPatch) -> 
 
     def work(_: int) -> bool:
         with on_mesh(config):
-            return _fits_gathered(config, "")
+            return _fits_gathered(config, "", by_module=False)
 
     with monkeypatch.context() as patch, on_mesh(config):
         patch.setattr(jax, "local_devices", lambda: [device])

@@ -21,6 +21,7 @@ from safetensors.numpy import load_file, save_file
 from threads_as_processes import run_as_processes
 
 from bigmac_jax.config import ConfigError, load_config
+from bigmac_jax.data.chat_files import NO_CHAT
 from bigmac_jax.data.tokenizer import ByteTokenizer, JsonTokenizer, train_bpe
 from bigmac_jax.interchange import (
     export_model,
@@ -218,7 +219,7 @@ def test_processes_that_import_other_files_are_refused(exported: Any, tmp_path: 
     for what, name in (("files", "model.safetensors"), ("tokenizer", "tokenizer.json")):
         for process in range(2):
             place = shutil.copytree(folder / "one", tmp_path / what / str(process))
-            write_tokenizer(place, config, ByteTokenizer())
+            write_tokenizer(place, config, ByteTokenizer(), chat=NO_CHAT)
             content = (place / name).read_bytes()
             other = content[:-1] + b"x" if what == "files" else content + b"\n"
             (place / name).write_bytes(other if process else content)
@@ -235,7 +236,7 @@ def test_an_import_keeps_the_tokenizer(exported: Any, tmp_path: pathlib.Path, ca
     text = train_bpe(["some words that are here, and here"] * 3, 263)
     for name, tokenizer in (("bpe", JsonTokenizer(text)), ("bytes", ByteTokenizer())):
         shutil.copytree(folder / "one", tmp_path / name)
-        write_tokenizer(tmp_path / name, config, tokenizer)
+        write_tokenizer(tmp_path / name, config, tokenizer, chat=NO_CHAT)
     values = json.loads(text)
     new = {"id": 263, "content": "<|call|>", "single_word": False, "lstrip": False, "rstrip": False}
     values["added_tokens"].append(new | {"normalized": False, "special": True})

@@ -8,6 +8,7 @@ import pytest
 from model.tools import on_mesh, tiny
 
 from bigmac_jax.config import Config
+from bigmac_jax.data.chat_files import NO_CHAT
 from bigmac_jax.data.tokenizer import ByteTokenizer
 from bigmac_jax.interchange import Trained
 from bigmac_jax.interchange.model_card import make_card
@@ -101,11 +102,11 @@ def test_the_context_and_the_windows_of_training() -> None:
 def test_a_run_keeps_what_was_before_it(tmp_path: pathlib.Path) -> None:
     """Also of the models that it began with, whose folders may go; a resumed start changes nothing."""
     base, sft, old = run_of(), run_of(objective="sft", init_from=str(tmp_path / "base"), source=ROWS), tmp_path / "old"
-    write_run(tmp_path / "base", base, {}, {}, ByteTokenizer(), history=history_of(None))
+    write_run(tmp_path / "base", base, {}, {}, ByteTokenizer(), history=history_of(None), chat=NO_CHAT, parts=0)
     assert history_before(tmp_path / "base", base) == []
     origin = Pretrained(str(tmp_path / "base" / "checkpoints" / "9"), "9", "", base)
-    write_run(tmp_path / "sft", sft, {}, {}, ByteTokenizer(), history=history_of(origin))
-    write_run(tmp_path / "sft", sft, {}, {}, ByteTokenizer())
+    write_run(tmp_path / "sft", sft, {}, {}, ByteTokenizer(), history=history_of(origin), chat=NO_CHAT, parts=0)
+    write_run(tmp_path / "sft", sft, {}, {}, ByteTokenizer(), chat=NO_CHAT, history=None, parts=0)
     assert history_before(tmp_path / "sft", sft) == ["`base`: 9 steps on 288 tokens of sotu"]
     assert history_with(tmp_path / "sft", sft, 3) == [
         "`base`: 9 steps on 288 tokens of sotu",

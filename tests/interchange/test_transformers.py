@@ -14,6 +14,7 @@ import pytest
 from model.tools import on_mesh, random_model
 
 from bigmac_jax.config import ConfigError, DataConfig
+from bigmac_jax.data.chat_files import NO_CHAT
 from bigmac_jax.data.chat_template import Chat
 from bigmac_jax.data.corpus import open_documents
 from bigmac_jax.data.tokenizer import ByteTokenizer, JsonTokenizer, Tokenizer, train_bpe
@@ -126,7 +127,7 @@ def test_tokenizers(kind: str, speech: str, tmp_path: pathlib.Path) -> None:
 def test_a_sentencepiece_model_has_its_own_ids(kind: str, speech: str, tmp_path: pathlib.Path) -> None:
     """Whatever tokenizer transformers has for the model's class."""
     tokenizer, config = sentencepiece_model(tmp_path, [speech]), config_of("tied")
-    write_tokenizer(tmp_path, config, tokenizer)
+    write_tokenizer(tmp_path, config, tokenizer, chat=NO_CHAT)
     (tmp_path / "config.json").write_text(json.dumps({"model_type": kind}))
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
     for text in (speech, "naïve 東京\t x  y\n", "", " a"):

@@ -14,7 +14,7 @@ from bigmac_jax.model.attention import find_documents
 from bigmac_jax.model.exchange import STRATEGIES
 from bigmac_jax.model.mesh import make_mesh
 from bigmac_jax.model.router import Padding
-from bigmac_jax.training.loss import loss_fn, token_scores
+from bigmac_jax.training.loss import WHOLE, loss_fn, token_scores
 from bigmac_jax.training.step import make_trainer
 
 from .tools import PAPER, PRESENT, assert_close, leaves, on_mesh, random_model, split_batch, split_tokens, tiny
@@ -35,7 +35,7 @@ def batch_of(tokens: np.ndarray, numbers: np.ndarray, counted: slice) -> Batch:
 
 def loss_and_gradients(model: Any, batch: Batch) -> dict[str, np.ndarray]:
     def loss(model: Any) -> jax.Array:
-        return loss_fn(model, batch)[1].cross_entropy_U.mean()
+        return loss_fn(model, batch, dropout_key=None, share=WHOLE)[1].cross_entropy_U.mean()
 
     value, gradients = jax.jit(jax.value_and_grad(loss))(model)
     # That of a bias on all keys is nothing but rounding: it moves all scores of a query alike.
@@ -132,7 +132,7 @@ def test_the_loss_is_the_mean_over_the_targets(mesh: tuple[int, ...]) -> None:
     with on_mesh(config):
         model, batch = random_model(config), masked_batch(config, 2)
         scores = jax.jit(token_scores)(model, batch)
-        loss = jax.jit(loss_fn)(model, batch)[1].cross_entropy_U.mean()
+        loss = jax.jit(loss_fn)(model, batch, None, WHOLE)[1].cross_entropy_U.mean()
     counted = np.asarray(batch.targets_BL) != NO_TARGET
     assert float(loss) == pytest.approx(float(np.asarray(scores.nll_BL)[counted].mean()), rel=1e-6)
 

@@ -83,7 +83,7 @@ def test_attention_is_attention(length: int, kv_heads: int, implementation: str)
 
 def test_rotary_scores_depend_on_the_distance_alone() -> None:
     q, k = np.random.default_rng(0).standard_normal((2, 8)).astype(np.float32)
-    turned_q, turned_k = (rotate(jnp.tile(x, (1, 16, 1, 1)), 100.0)[0, :, 0] for x in (q, k))
+    turned_q, turned_k = (rotate(jnp.tile(x, (1, 16, 1, 1)), 100.0, position_BL=None)[0, :, 0] for x in (q, k))
     scores_LL = np.asarray(turned_q @ turned_k.T)
     for distance in range(-15, 16):
         diagonal = np.diagonal(scores_LL, distance)
@@ -103,7 +103,7 @@ def test_tokens_anywhere_turn_as_in_a_sequence(where: str, monkeypatch: pytest.M
     sequence = np.zeros((1, L, 2, 8), np.float32)
     for x_NH, position in zip(x_TNH, position_T, strict=True):
         sequence[:, position] = x_NH
-        turned = np.asarray(rotate(jnp.asarray(sequence), 100.0))[0, position]
+        turned = np.asarray(rotate(jnp.asarray(sequence), 100.0, position_BL=None))[0, position]
         found = attention.rotate_to(jnp.asarray(x_NH[None]), 100.0, jnp.asarray([position]), L)[0]
         np.testing.assert_allclose(found, turned, atol=1e-6)
     program = str(jax.make_jaxpr(lambda x, at: attention.rotate_to(x, 100.0, at, 4096))(x_TNH, position_T))
@@ -114,6 +114,6 @@ def test_tokens_anywhere_turn_as_in_a_sequence(where: str, monkeypatch: pytest.M
 def test_a_weight_gradient_copies_matrices_of_two_million_entries(shape: tuple[int, ...], copied: bool) -> None:
     """On CPU: a product whose left matrix stands transposed takes two to four times as long."""
     x_BTX, dy_BTY = (jax.ShapeDtypeStruct(shape, np.float32) for shape in (shape, (*shape[:2], 3)))
-    traced = jax.make_jaxpr(weight_gradient)(x_BTX, dy_BTY)
+    traced = jax.make_jaxpr(functools.partial(weight_gradient, precision=None))(x_BTX, dy_BTY)
     assert traced.out_avals[0].shape == (2, shape[2], 3)
     assert ("optimization_barrier" in str(traced)) == copied

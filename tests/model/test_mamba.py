@@ -254,7 +254,7 @@ def scanned(logs: np.ndarray, chunk: int, x: float = 1.0, dtype: Any = jnp.float
     one_BLF = jnp.ones((1, len(logs), 1), dtype)
 
     def run(steps: Steps) -> Any:
-        y_BLI, state_BNPS = scan_states(steps, jnp.zeros((1, 1, 1, 1)), chunk)
+        y_BLI, state_BNPS = scan_states(steps, jnp.zeros((1, 1, 1, 1)), chunk, position_BL=None)
         return y_BLI.sum(), (y_BLI[0, :, 0], state_BNPS[0, 0, 0, 0])
 
     steps = Steps(

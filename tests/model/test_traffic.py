@@ -75,9 +75,9 @@ def test_wire_bytes_are_the_programs(name: str, factor: float) -> None:
     c = config(name, capacity_factor=factor)
     strategy = STRATEGIES[name](64, (1, 8), factor, ("node", "expert"))
     payload, metadata = sent(collectives(layer(c)))
-    assert payload == wire_bytes(strategy, TOKENS, 8, 128)
+    assert payload == wire_bytes(strategy, TOKENS, 8, 128, format="")
     assert metadata == sum(cost(strategy, TOKENS, 8).metadata)
-    assert wire_bytes(STRATEGIES[name](64, (1, 1), factor, ("node", "expert")), TOKENS, 8, 128) == 0
+    assert wire_bytes(STRATEGIES[name](64, (1, 1), factor, ("node", "expert")), TOKENS, 8, 128, format="") == 0
 
 
 def test_what_found_no_room_is_told_in_bytes_that_are_counted() -> None:

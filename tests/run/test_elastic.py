@@ -13,6 +13,7 @@ import pytest
 from training.tools import leaves_of, read_records, small
 
 from bigmac_jax.config import Config, ConfigError, DataConfig, MeshConfig, ModelConfig, TrainConfig, seal, unseal
+from bigmac_jax.data.chat_files import NO_CHAT
 from bigmac_jax.data.tokenizer import ByteTokenizer
 from bigmac_jax.model.mesh import make_mesh
 from bigmac_jax.run.elastic import fit_replicas
@@ -42,7 +43,9 @@ def test_what_a_start_says_is_against_the_last_one(tmp_path: pathlib.Path) -> No
     asked = dataclasses.replace(FOUR, model=ModelConfig(balance_scope="part"))
     meshes = [ON | {"replica": replicas} for replicas in (2, 4)]
     fitted, _ = fit_replicas(asked, asked, meshes[1], 8)
-    write_run(tmp_path, asked, {}, meshes[0], ByteTokenizer(), parts=fitted.train.accumulate_steps)
+    write_run(
+        tmp_path, asked, {}, meshes[0], ByteTokenizer(), parts=fitted.train.accumulate_steps, chat=NO_CHAT, history=None
+    )
     assert resume_warnings(tmp_path, fitted, meshes[0], 1) == []
     (line,) = resume_warnings(tmp_path, asked, meshes[1], 1)
     assert line.startswith("train.accumulate_steps 4 → 2: with model.balance_scope=part")

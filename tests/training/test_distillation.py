@@ -14,7 +14,7 @@ from bigmac_jax.config import Config
 from bigmac_jax.data.batch import NO_TARGET, Batch, batch_from_windows
 from bigmac_jax.model.mesh import batch_spec, place
 from bigmac_jax.training.distillation import distilled_loss
-from bigmac_jax.training.loss import loss_fn
+from bigmac_jax.training.loss import WHOLE, loss_fn
 from bigmac_jax.training.step import split_model
 
 MESHES = [(1, 1, 1), (1, 2, 2), (2, 1, 1, 2)]
@@ -48,7 +48,7 @@ def value_and_gradient(config: Config, *of_pair: Any) -> tuple[float, Any, dict[
     graphdef, params, rest = split_model(student)
 
     def loss(params: Any, teacher: Any, batch: Batch) -> Any:
-        return distilled_loss(nnx.merge(graphdef, params, rest), teacher, batch)
+        return distilled_loss(nnx.merge(graphdef, params, rest), teacher, batch, dropout_key=None, share=WHOLE)
 
     call = jax.jit(jax.value_and_grad(loss, has_aux=True))
     (value, parts), gradient = call(params, teacher, batch_of(config))
@@ -85,7 +85,7 @@ def reference(config: Config, width: int = 0) -> tuple[float, dict[str, np.ndarr
             for x, t in zip(ours, theirs, strict=True)
             if mu
         ]
-        plain, parts = loss_fn(model, batch)
+        plain, parts = loss_fn(model, batch, dropout_key=None, share=WHOLE)
         return plain - weight * parts.cross_entropy_U.mean() + weight * kl + mu * sum(gaps) / len(ours)
 
     value, gradient = jax.jit(jax.value_and_grad(loss))(params)

@@ -52,7 +52,9 @@ def reference(x_BLD: Any, w_VD: Any, targets_BL: np.ndarray) -> dict[str, np.nda
 def _loss(x_BLD: Any, w_VD: Any, targets_BL: Any) -> Any:
     crossing = Crossing(str(w_VD.dtype), str(w_VD.dtype), "float32")
     over = TENSOR in axes_of(spec_of(w_VD))
-    return linear_cross_entropy(x_BLD, Weight(w_VD, crossing, (TENSOR,) if over else ()), targets_BL).mean()
+    return linear_cross_entropy(
+        x_BLD, Weight(w_VD, crossing, (TENSOR,) if over else ()), targets_BL, targets=None
+    ).mean()
 
 
 def fused(

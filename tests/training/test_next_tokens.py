@@ -24,7 +24,7 @@ from bigmac_jax.model.transformer import init_model, without_next_tokens
 from bigmac_jax.planning import compiled_programs
 from bigmac_jax.planning.shapes import Shape
 from bigmac_jax.run import loop
-from bigmac_jax.training.loss import loss_fn
+from bigmac_jax.training.loss import WHOLE, loss_fn
 from bigmac_jax.training.programs import evaluate
 from bigmac_jax.training.step import TrainState, make_trainer, split_model
 from bigmac_jax.tuning import restore
@@ -209,9 +209,9 @@ def test_dropout_is_drawn_for_them() -> None:
     config = config_of("experts", dropout=0.5)
     with on_mesh(config):
         model, batch = random_model(config), jax.tree.map(split_batch, batch_of(config))
-        step = jax.jit(lambda key: loss_fn(model, batch, key)[1].next_KU)
+        step = jax.jit(lambda key: loss_fn(model, batch, key, share=WHOLE)[1].next_KU)
         one, again, other = (np.asarray(step(jax.random.key(seed))) for seed in (0, 0, 1))
-        still = np.asarray(jax.jit(lambda: loss_fn(model, batch)[1].next_KU)())
+        still = np.asarray(jax.jit(lambda: loss_fn(model, batch, dropout_key=None, share=WHOLE)[1].next_KU)())
     np.testing.assert_array_equal(one, again)
     assert (one != other).all() and (one != still).all()
 

@@ -13,6 +13,7 @@ import pytest
 
 from bigmac_jax.config import Config, ConfigError, DataConfig, seal
 from bigmac_jax.data import documents
+from bigmac_jax.data.chat_files import NO_CHAT
 from bigmac_jax.data.corpus import open_documents
 from bigmac_jax.data.pipeline import text_stream
 from bigmac_jax.data.tokenizer import ByteTokenizer, load_tokenizer
@@ -156,7 +157,7 @@ def test_a_later_start_takes_no_other_held_out_text(tmp_path: pathlib.Path) -> N
         for split in ("validation", "test"):
             files[split].write_text(files[split].read_text() + text)
         held_out = fingerprint_held_out(workdir, config)
-        write_run(workdir, config, held_out, {"data": 1}, ByteTokenizer())
+        write_run(workdir, config, held_out, {"data": 1}, ByteTokenizer(), chat=NO_CHAT, history=None, parts=0)
     for split in ("validation", "test"):
         with pytest.raises(ConfigError, match=f"data.{split}_source=.* holds other data than"):
             open_run_stream(workdir, config, split, ByteTokenizer())
@@ -170,7 +171,7 @@ def test_evaluation_refuses_another_text_that_splits_are_held_out_of(tmp_path: p
     fields = DataConfig(source=str(tmp_path / "all"), tokenizer="bytes")
     config = Config(data=fields, cache_dir=str(tmp_path / "cache"))
     trained_on = {"train": open_documents(config.data, "train", config.cache_dir).fingerprint}
-    write_run(tmp_path / "run", config, trained_on, {"data": 1}, ByteTokenizer())
+    write_run(tmp_path / "run", config, trained_on, {"data": 1}, ByteTokenizer(), chat=NO_CHAT, history=None, parts=0)
     assert read_run_json(tmp_path / "run")["data"] == trained_on
     open_run_stream(tmp_path / "run", config, "test", ByteTokenizer())
     (tmp_path / "all" / "more.txt").write_text("more")
@@ -193,7 +194,7 @@ def test_a_run_begun_by_an_earlier_rule_of_what_is_held_out_goes_on(
     now = {name: docs.fingerprint for name, docs in opened.items()}
     earlier = {name: docs.fingerprint_by(rule) for name, docs in opened.items()}
     assert not set(now.values()) & set(earlier.values())
-    write_run(tmp_path / "run", config, earlier, {"data": 1}, ByteTokenizer())
+    write_run(tmp_path / "run", config, earlier, {"data": 1}, ByteTokenizer(), chat=NO_CHAT, history=None, parts=0)
     check_data(tmp_path / "run", config, now)
     assert [record.message.split(" is cut by a newer rule")[0] for record in caplog.records] == [
         docs.name for docs in opened.values()

@@ -31,7 +31,7 @@ from bigmac_jax.data.batch import batch_from_windows
 from bigmac_jax.model import transformer
 from bigmac_jax.model.adapters import adapted, attached, make_adapters
 from bigmac_jax.model.parameters import Adapted, declared, named_leaves
-from bigmac_jax.training.loss import loss_fn
+from bigmac_jax.training.loss import WHOLE, loss_fn
 from bigmac_jax.training.restore import Restored
 from bigmac_jax.training.step import Trainer, TrainState, build_model, merge_adapters, split_model
 from bigmac_jax.tuning.peft import _find_places, export_adapters
@@ -62,7 +62,7 @@ def random_adapters(config: Config, params: nnx.State) -> nnx.State:
 def loss_of(config: Config, graphdef: Any, rest: Any, tokens: np.ndarray) -> Any:
     def loss(adapters: nnx.State, base: nnx.State) -> Any:
         model = nnx.merge(graphdef, attached(config, base, adapters), rest)
-        return loss_fn(model, jax.tree.map(split_batch, batch_from_windows(tokens)))[0]
+        return loss_fn(model, jax.tree.map(split_batch, batch_from_windows(tokens)), dropout_key=None, share=WHOLE)[0]
 
     return loss
 

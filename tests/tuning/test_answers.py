@@ -15,7 +15,7 @@ from bigmac_jax.data.batch import NO_TARGET, PADDING, Batch
 from bigmac_jax.data.conversations import Conversations
 from bigmac_jax.data.pipeline import open_stream
 from bigmac_jax.data.tokenizer import ByteTokenizer
-from bigmac_jax.training.loss import loss_fn
+from bigmac_jax.training.loss import WHOLE, loss_fn
 
 ROWS = [
     {"prompt": "abcd", "completion": "ef"},
@@ -59,7 +59,7 @@ def apart(batch: Batch) -> Batch:
 
 def loss_and_gradients(config: Config, batch: Batch) -> tuple[float, dict[str, np.ndarray]]:
     with on_mesh(config):
-        step = jax.jit(jax.value_and_grad(lambda m, b: loss_fn(m, b)[0]))
+        step = jax.jit(jax.value_and_grad(lambda m, b: loss_fn(m, b, dropout_key=None, share=WHOLE)[0]))
         loss, gradients = step(random_model(config), jax.tree.map(split_batch, batch))
         return float(loss), leaves(gradients)
 

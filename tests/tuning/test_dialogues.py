@@ -78,7 +78,16 @@ def begun(config: Config, read: Config, tokenizer: Tokenizer, workdir: pathlib.P
     check_template(workdir, chat_files(read, stream))
     rows = fingerprint_rows({"train": stream, "validation": None})
     check_rows(workdir, rows)
-    write_run(workdir, config, rows | {"tokenizer": tokenizer.fingerprint}, {}, tokenizer, chat_files(read, stream))
+    write_run(
+        workdir,
+        config,
+        rows | {"tokenizer": tokenizer.fingerprint},
+        {},
+        tokenizer,
+        chat_files(read, stream),
+        history=None,
+        parts=0,
+    )
     return stream
 
 

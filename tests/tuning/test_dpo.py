@@ -18,7 +18,7 @@ from bigmac_jax.data.tokenizer import ByteTokenizer
 from bigmac_jax.inference.generator import Generator
 from bigmac_jax.model.mesh import place
 from bigmac_jax.training.dpo import dpo_loss, sum_pairs
-from bigmac_jax.training.loss import loss_fn, token_nll
+from bigmac_jax.training.loss import WHOLE, loss_fn, token_nll
 from bigmac_jax.tuning import reference_scores
 from bigmac_jax.tuning.reference_scores import reference_nll
 
@@ -101,7 +101,7 @@ def test_gradients_of_the_model_on_every_mesh(name: str) -> None:
             placed = jax.tree.map(split_batch, batch)
             return leaves(jax.jit(jax.grad(loss))(random_model(config), placed))
 
-    ours = gradients(config, lambda model, batch: dpo_loss(model, batch)[0])
+    ours = gradients(config, lambda model, batch: dpo_loss(model, batch, dropout_key=None, share=WHOLE)[0])
     with on_mesh(one):
         nll_BL = jax.jit(lambda m, b: token_nll(m, b)[0])(random_model(one), jax.tree.map(split_batch, batch))
         weights = expected(batch, np.asarray(nll_BL, np.float64))[3]
@@ -132,7 +132,7 @@ def test_the_reference_scores_every_window_once(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(reference_scores, "Progress", progress)
     with on_mesh(config):
         model = random_model(config)
-        found = reference_nll(model, rows[:7], batch_size=3)  # type: ignore[arg-type]
+        found = reference_nll(model, rows[:7], batch_size=3, quiet=True)  # type: ignore[arg-type]
         nll_BL = jax.jit(lambda m, b: token_nll(m, b)[0])(model, jax.tree.map(split_batch, batch))
     assert told == [["reference", 7, "window", True], 4, 3]
     assert shapes == [(4, 16)] * 2 and found.shape == (7, 16) and found.dtype == np.float32
@@ -147,7 +147,7 @@ def test_tokens_are_as_likely_as_the_loss_of_pretraining_has_them() -> None:
     with on_mesh(config):
         placed, model = jax.tree.map(split_batch, batch), random_model(config)
         nll_BL = np.asarray(jax.jit(lambda m, b: token_nll(m, b)[0])(model, placed))
-        mean = np.asarray(jax.jit(lambda m, b: loss_fn(m, b)[0])(model, placed))
+        mean = np.asarray(jax.jit(lambda m, b: loss_fn(m, b, dropout_key=None, share=WHOLE)[0])(model, placed))
     np.testing.assert_allclose(nll_BL[batch.targets_BL != NO_TARGET].mean(), mean, rtol=1e-5)
 
 

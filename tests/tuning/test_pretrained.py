@@ -26,6 +26,7 @@ from training.tools import read_records, small
 from bigmac_jax.config import Config, ConfigError, TrainConfig, TuningConfig, check_resume, load_config, with_overrides
 from bigmac_jax.config.reading import retrained
 from bigmac_jax.data import files
+from bigmac_jax.data.chat_files import NO_CHAT
 from bigmac_jax.data.tokenizer import ByteTokenizer, JsonTokenizer, load_tokenizer, train_bpe
 from bigmac_jax.interchange import export_model, qwen3_moe
 from bigmac_jax.interchange.importing import find_tokenizer
@@ -371,7 +372,7 @@ def test_adapters_are_merged_into_the_model_that_they_are_of(
             "restore_parts",
             lambda place, *more: found if place == tmp_path else others(place, *more),
         )
-        same, model, step, loss = restore_step(tmp_path)
+        same, model, step, loss = restore_step(tmp_path, step="latest", config=None)
         before, after = leaves(plain), leaves(split_model(model)[1])
         parts = leaves(adapters)
     assert (same, step, loss) == (config, 7, 1.5) and before.keys() == after.keys()
@@ -453,7 +454,7 @@ def test_where_the_model_lies_may_change_and_whether_there_is_one_may_not(
     weighed = with_fields(here, tuning={"teacher_weight": 0.25})
     with pytest.raises(ConfigError, match=r"tuning\.teacher_weight=0\.25 differs from"):
         check_resume(here, weighed)
-    write_run(tmp_path / "run", whole, {INIT_FROM: "4:abc"}, {}, ByteTokenizer())
+    write_run(tmp_path / "run", whole, {INIT_FROM: "4:abc"}, {}, ByteTokenizer(), chat=NO_CHAT, history=None, parts=0)
     message = (
         rf"holds no model; .* \({tmp_path / 'run'} needs train\.init_from={tmp_path / 'base'} as it was, with its "
         rf"checkpoint 4; if that was moved, resume once with --config\.train\.init_from=PLACE\)"
@@ -495,7 +496,7 @@ def write_export(folder: pathlib.Path) -> None:
     values = {"model_type": "bigmac_jax", "config": describe_config(config)}
     (folder / "config.json").write_text(json.dumps(values))
     save_file({f"a{i}": np.zeros(8000, np.float32) for i in range(40)}, folder / "model.safetensors")
-    write_tokenizer(folder, config, ByteTokenizer())
+    write_tokenizer(folder, config, ByteTokenizer(), chat=NO_CHAT)
 
 
 def test_a_folder_of_a_store_keeps_its_tokenizer(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -527,7 +528,7 @@ def test_processes_that_see_other_models_are_refused(tmp_path: pathlib.Path, mon
     for name in ("0", "1"):
         (tmp_path / name).mkdir()
     write_export(tmp_path / "0")
-    write_run(tmp_path / "1", tiny(), {}, {}, ByteTokenizer())
+    write_run(tmp_path / "1", tiny(), {}, {}, ByteTokenizer(), chat=NO_CHAT, history=None, parts=0)
     seen = threading.local()
     monkeypatch.setattr(storage, "locate", lambda *_: tmp_path / seen.process)
     monkeypatch.setattr(pretrained_module, "find_checkpoint", lambda *_: pytest.fail("goes on"))

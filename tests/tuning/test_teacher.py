@@ -9,6 +9,7 @@ import tokenizers
 from model.tools import tiny
 
 from bigmac_jax.config import Config, ConfigError
+from bigmac_jax.data.chat_files import NO_CHAT
 from bigmac_jax.data.tokenizer import ByteTokenizer, JsonTokenizer, train_bpe
 from bigmac_jax.interchange.tokenizer_files import write_tokenizer
 from bigmac_jax.tuning import teacher as teacher_module
@@ -97,13 +98,13 @@ def test_an_export_has_the_tokens_of_its_run(tmp_path: pathlib.Path) -> None:
     own, config = tmp_path / "tokenizer.json", pupil()
     there = Pretrained(PLACE, "", "abc", with_fields(tiny(), data={"tokenizer": str(own)}))
     for tokenizer in (JsonTokenizer(text), JsonTokenizer(more.to_str()), ByteTokenizer()):
-        write_tokenizer(tmp_path, config, tokenizer)
+        write_tokenizer(tmp_path, config, tokenizer, chat=NO_CHAT)
         assert JsonTokenizer(own.read_text()).fingerprint != tokenizer.fingerprint
         check_teacher_tokenizer(there, config, tokenizer)
     for one, other in (
         (JsonTokenizer(text), JsonTokenizer(more.to_str())),
         (JsonTokenizer(more.to_str()), JsonTokenizer(text)),
     ):
-        write_tokenizer(tmp_path, config, one)
+        write_tokenizer(tmp_path, config, one, chat=NO_CHAT)
         with pytest.raises(ConfigError, match="has another tokenizer than the run"):
             check_teacher_tokenizer(there, config, other)

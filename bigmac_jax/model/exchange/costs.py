@@ -144,7 +144,7 @@ def _to_each_rank(exchange: Strategy, amount: float) -> Sent:
     return Sent((size - 1) * amount, (machines - 1) * size * amount)
 
 
-def wire_bytes(exchange: Strategy, tokens: int, choices: int, width: int, format: str = "") -> int:
+def wire_bytes(exchange: Strategy, tokens: int, choices: int, width: int, format: str) -> int:
     """Payload bytes that one rank sends to others in the two exchanges of one direction, padding included.
 
     `format`: that of the rows; by default the forward pass's.

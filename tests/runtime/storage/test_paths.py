@@ -365,7 +365,7 @@ def test_tokens_are_made_once_and_fetched_by_others(
             "train",
             str(tmp_path / "digests"),
         )
-        stream = open_cached_stream(docs, "train", ByteTokenizer(), place)
+        stream = open_cached_stream(docs, "train", ByteTokenizer(), place, processes=0)
         return bytes(stream.tokens(1, stream.num_tokens - 1).astype(np.uint8))
 
     text = (tmp_path / "a.txt").read_bytes()
