@@ -47,7 +47,7 @@ def _tried(config: Config, **fields: Any) -> Config | ConfigError:
         return error
 
 
-def of_equal_size(config: Config, structure: Structure, latent_norm: LatentNorm, **more: Any) -> Config:
+def of_equal_size(config: Config, structure: Structure, latent_norm: LatentNorm = "auto", **more: Any) -> Config:
     """The config with another structure and as many parameters: its experts get the width that this takes, unless the
     paper's comes near. A hyper router counts as the matrix that it makes. A dense model has no idle experts: beside
     one, those that are active for a token are equal. Checkpoints have all experts, whose number may be another.
