@@ -433,3 +433,26 @@ def test_several_sources_are_read_in_turn_by_bytes():
     assert JoinedDocuments({"a": a}).fingerprint == "of a"
     with pytest.raises(NotImplementedError):
         joined.read((), ReadCounts())
+
+
+def test_defects_are_told_with_five_names_at_most(tmp_path, caplog):
+    """And each once, of those that there are."""
+    (tmp_path / "a.txt").write_text("text")
+    docs = open_documents(DataConfig(str(tmp_path / "a.txt")), "train", str(tmp_path / "cache"))
+    names = [f"{i}.txt" for i in range(6)]
+    with caplog.at_level(logging.INFO, "bigmac_jax"):
+        docs.report(ReadCounts(found=1))
+        assert not caplog.messages
+        docs.report(ReadCounts(found=9, broken=5, files=[*names[:5], names[0]]))
+        docs.report(ReadCounts(found=9, broken=6, files=names))
+        docs.report(ReadCounts(found=1, empty=1, null=1234))
+        docs.report(ReadCounts(found=1, empty=1))
+    listed = "0.txt, 1.txt, 2.txt, 3.txt, 4.txt"
+    assert [(record.levelname, record.message.removeprefix(f"{docs.name}: ")) for record in caplog.records] == [
+        ("WARNING", f"5 documents hold bytes that are not UTF-8, replaced by U+FFFD: {listed}"),
+        ("WARNING", f"6 documents hold bytes that are not UTF-8, replaced by U+FFFD: {listed} and 1 more"),
+        ("INFO", "1 empty documents skipped"),
+        ("WARNING", "1,234 rows left out, whose data.text_field is null or missing"),
+    ]
+    with pytest.raises(ConfigError, match=r"has 0 documents with text \(2 empty, 3 rows without data\.text_field\); "):
+        docs.report(ReadCounts(empty=2, null=3))

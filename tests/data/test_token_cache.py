@@ -1,6 +1,7 @@
 """The token stream on disk: convention, counts, and what happens to it when processes die or meet."""
 
 import contextlib
+import hashlib
 import json
 import os
 import pathlib
@@ -356,6 +357,11 @@ def test_digest_of_files_above_the_limit(tmp_path, monkeypatch):
     assert files.file_digest(path) == first
     path.write_bytes(b"012345678X")
     assert files.file_digest(path) != first
+    for limit, content in ((9, b"01236789"), (10, b"0123456789")):  # its two ends, or all of it
+        monkeypatch.setattr(files, "_WHOLE", limit)
+        path.write_bytes(b"0123456789")
+        version = b"v" if limit == 9 else b""
+        assert files.file_digest(path, lambda _: "v") == hashlib.sha256(b"10" + content + version).hexdigest()
 
 
 def test_streams_one_behind_the_other():

@@ -65,6 +65,59 @@ def test_the_first_process_alone_shows_what_is_done(monkeypatch, tmp_path, caplo
         assert caplog.messages == ([] if process else ["waiting"])
 
 
+class Shown:
+    """A bar that keeps what it is told."""
+
+    def __init__(self, *what, **how):
+        self.what, self.how, self.counts = what, how, []
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        pass
+
+    def update(self, count):
+        self.counts.append(count)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "alone", "processes", "expected"),
+    [
+        ([7, 40, 50, 10], False, 2, 2),
+        ([7, 40, 49, 10], False, 2, 1),  # little of it is left to do
+        ([7, 40, 50, 10], False, 1, 1),
+        ([7, 40, 50, 10], False, 0, 3),  # one per core
+        ([7, 50, 50], False, 0, 2),  # or per unit
+        ([7, 40, 50, 10], True, 2, 1),
+        ([7, 100], False, 2, 1),
+    ],
+)
+def test_how_many_processes_tokenise(monkeypatch, sizes, alone, processes, expected):
+    """Several from so many bytes on that are left; the bar counts each byte once, those of before from the start on."""
+    bars, started = [], []
+
+    def work(units, report, count=1):
+        started.append((units, count))
+        for unit in units:
+            for done in (sizes[unit] // 2, sizes[unit]):
+                report(unit, done)
+
+    store = types.SimpleNamespace(
+        docs=types.SimpleNamespace(units=[()] * len(sizes), size=sum(sizes), alone=alone), split="test", work=work,
+        size_of=sizes.__getitem__, finished=lambda unit: None if unit else {},
+    )  # fmt: skip
+    monkeypatch.setattr(workers, "_ALONE", 100)
+    monkeypatch.setattr(workers, "count_cores", lambda: 3)
+    monkeypatch.setattr(workers, "_share_work", lambda store, units, count, report: work(units, report, count))
+    monkeypatch.setattr(workers, "Progress", lambda *what, **how: bars.append(Shown(*what, **how)) or bars[0])
+    workers.make_shards(store, processes)
+    assert started == [(list(range(1, len(sizes))), expected)]
+    assert bars[0].what == ("tokenising test", sum(sizes), "byte", sizes[0])
+    assert bars[0].how == {"scaled": True, "delay": 2, "silent": False}
+    assert bars[0].counts == [count for size in sizes[1:] for count in (size // 2, size - size // 2)]
+
+
 def test_as_many_as_there_are_make_the_same(corpus, make_config, monkeypatch, tmp_path):
     monkeypatch.setattr(local_files, "UNIT", 1 << 18)
     own = {"validation_source": "-", "test_source": "-"}
@@ -72,7 +125,14 @@ def test_as_many_as_there_are_make_the_same(corpus, make_config, monkeypatch, tm
     monkeypatch.setattr(workers, "_ALONE", 0)
     config = make_config(corpus, **own)
     object.__setattr__(config, "cache_dir", str(tmp_path / "together"))
+    popen, threads = subprocess.Popen, []
+    monkeypatch.setattr(workers, "count_cores", lambda: 7)
+    monkeypatch.setattr(
+        workers.subprocess, "Popen", lambda *a, env, **b: (threads.append(env["RAYON_NUM_THREADS"]),
+                                                           popen(*a, env=env, **b))[1],
+    )  # fmt: skip
     together = open_stream(config, "train", ByteTokenizer(), processes=3)
+    assert threads == ["2"] * 3  # each has its share of the cores
     assert together.counts == alone.counts and len(alone._names) > 5
     np.testing.assert_array_equal(
         together.tokens(0, together.num_tokens), alone.tokens(0, alone.num_tokens)

@@ -3,7 +3,10 @@
 import contextlib
 import hashlib
 import json
+import logging
+import types
 
+import jax
 import numpy as np
 import pytest
 
@@ -103,3 +106,98 @@ def test_fields_that_differ_are_named(monkeypatch, place, other, said):
 
 def test_a_digest_stays_a_digest_of_the_value():
     assert hosts.digest(["a", 1]) == hashlib.sha256(b"['a', 1]").hexdigest()[:12]
+
+
+class Connecting:
+    """What `connect` asks of jax and others, in order, and whom it lets end this process."""
+
+    def __init__(self, monkeypatch, initialize=None, process=0):
+        self.asked, self.ends = [], []
+
+        def note(name, fails=None):
+            def ask(*arguments, **options):
+                self.asked.append((name, *arguments, *([options] if options else [])))
+                if fails and (error := fails()):
+                    raise error
+
+            return ask
+
+        told = types.SimpleNamespace(
+            config=types.SimpleNamespace(update=note("set")),
+            distributed=types.SimpleNamespace(initialize=note("initialize", initialize)),
+            process_index=lambda: process,
+        )
+        monkeypatch.setattr(hosts, "jax", told)
+        monkeypatch.setattr(hosts, "atexit", types.SimpleNamespace(register=note("at exit")))
+        monkeypatch.setattr(hosts, "on_abort", self.ends.append)
+        monkeypatch.setattr(hosts, "_end", lambda line: line)
+        monkeypatch.setattr(hosts, "_number", lambda: 7)
+        monkeypatch.setattr(hosts.rendezvous, "meet", note("meet"))
+        monkeypatch.setattr(hosts.stderr, "start_filter", note("filter"))
+
+
+@pytest.mark.parametrize("process", [0, 2])
+@pytest.mark.parametrize(
+    ("timeout", "waits", "leaves"), [(0, 300, None), (10, 30, 60), (15, 30, 60), (16, 32, 60), (45, 90, 90)]
+)
+def test_how_long_jax_waits_for_processes(monkeypatch, timeout, waits, leaves, process):
+    """Twice as long as the watchdog, at least half a minute; a minute at the end, in which process 0 reports."""
+    times = {"initialization_timeout": waits, "heartbeat_timeout_seconds": waits, "shutdown_timeout_seconds": leaves}
+    times = times if timeout else {}
+    settings = [("set", "jax_enable_preemption_service", False), ("set", "jax_cpu_collectives_implementation", "gloo")]
+    given = Connecting(monkeypatch, process=process)
+    logging.getLogger("bigmac_jax").setLevel(logging.INFO)
+    hosts.connect("host:1", 4, process, False, timeout)
+    where = {"coordinator_address": "host:1", "num_processes": 4, "process_id": process}
+    assert given.asked == [
+        *settings, ("filter",), ("meet", "host:1", 4, process, waits),
+        ("initialize", where | {"cluster_detection_method": "deactivate"} | times), ("at exit", hosts.on_abort, None),
+    ]  # fmt: skip
+    assert [end() for end in given.ends] == [
+        f"process {process} did not reach all others within {waits} s; start all of them, or raise --peer_timeout",
+        "process 7 aborted: another one is gone, or the lines above say why",
+    ]
+    assert logging.getLogger("bigmac_jax").level == (logging.WARNING if process else logging.INFO)
+    given = Connecting(monkeypatch)
+    hosts.connect("", 0, -1, True, timeout)
+    initialize = ("initialize", times) if timeout else ("initialize",)
+    assert given.asked == [*settings, ("filter",), initialize, ("at exit", hosts.on_abort, None)]
+    assert given.ends[0]().startswith(f"this process of the cluster did not reach all others within {waits} s")
+    given = Connecting(monkeypatch)
+    hosts.connect("", 0, -1, False, timeout)
+    assert not given.asked and not given.ends
+
+
+@pytest.mark.parametrize(
+    ("raised", "kind", "said"),
+    [
+        (RuntimeError("Failed to start RPC server: in use"), ConfigError, "the coordinator's port cannot be used on "),
+        (RuntimeError("late\nmore"), hosts.PeerError, r"^process 1 did not .* within 40 s \(late\); start all of them"),
+        (hosts.rendezvous.MissingError("2 was late"), hosts.PeerError, r"^2 was late, 40 s; start all of them, or"),
+        (ValueError("of jax"), ValueError, "^of jax$"),
+    ],
+)
+def test_why_processes_do_not_connect(monkeypatch, raised, kind, said):
+    given = Connecting(monkeypatch, initialize=lambda: raised)
+    with pytest.raises(kind, match=said):
+        hosts.connect("host:1", 2, 1, False, 20)
+    assert len(given.ends) == 1 and given.asked[-1][0] == "initialize"
+
+
+def test_a_vote_counts_two_steps_later(monkeypatch):
+    """Of one device's process or of all, and never before the step after the next; alone a process knows at once."""
+    with jax.set_mesh(jax.make_mesh((4, 2), ("a", "b"))):
+        wanted: list[int] = []
+        vote = hosts.StopVote(wanted)
+        wanted.append(15)
+        vote.cast()
+        assert vote.passed()
+        wanted.clear()
+        assert not vote.passed()
+        monkeypatch.setattr(hosts, "is_distributed", lambda: True)
+        found = []
+        for step in range(4):
+            wanted[:] = [15] if step == 1 else []
+            vote.cast()
+            found.append(vote.passed())
+    assert found == [False, False, True, False]

@@ -1,7 +1,9 @@
 """Which compiler options a device gets, and how much of a GPU's memory a process."""
 
+import fnmatch
 import os
 import pathlib
+import sys
 from types import SimpleNamespace
 from typing import Any
 
@@ -100,3 +102,54 @@ def test_it_is_what_plans_reckon_with() -> None:
     """Bytes of the devices as their drivers say them (nvidia-smi, MiB)."""
     for name, mebibytes in {"h100": 81_559, "h200": 143_771, "b200": 183_359, "gb200": 189_471}.items():
         assert load_hardware(name).memory_bytes <= environment.GPU_MEMORY * mebibytes * 2**20
+
+
+@pytest.mark.parametrize(
+    ("platforms", "devices", "expected"),
+    [
+        ("cpu", ["/dev/nvidia0"], False),
+        ("cpu,cuda", ["/dev/nvidia0"], False),
+        ("cuda,cpu", [], True),
+        ("tpu", [], True),
+        ("", [], False),
+        ("", ["/dev/accel0"], True),
+        ("", ["/dev/vfio/0"], True),
+    ],
+)
+def test_whether_there_is_an_accelerator(
+    platforms: str, devices: list[str], expected: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first platform that jax is told decides; without one, the files of devices do."""
+    monkeypatch.setenv("JAX_PLATFORMS", platforms)
+    monkeypatch.setattr(environment.glob, "glob", lambda pattern: fnmatch.filter(devices, pattern))
+    assert environment.has_accelerator() is expected
+
+
+@pytest.mark.parametrize(
+    ("given", "system", "again"),
+    [
+        ({}, "linux", True),
+        ({}, "darwin", False),
+        ({"GLIBC_TUNABLES": ""}, "linux", False),
+        ({"BIGMAC_KEEP_ENV": "1"}, "linux", False),
+        ({"BIGMAC_PREPARED": "1"}, "linux", False),
+        ({"JAX_PLATFORMS": "cuda"}, "linux", False),
+    ],
+)
+def test_a_program_begins_again_once(
+    given: dict[str, str], system: str, again: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the same arguments, and with what is missing in its environment."""
+    begun: list[tuple[Any, ...]] = []
+    for name in ("GLIBC_TUNABLES", "BIGMAC_KEEP_ENV", "BIGMAC_PREPARED"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in ({"JAX_PLATFORMS": "cpu"} | given).items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(environment.glob, "glob", lambda pattern: [])
+    monkeypatch.setattr(os, "execve", lambda *asked: begun.append(asked))
+    monkeypatch.setattr(sys, "platform", system)
+    monkeypatch.setattr(sys, "orig_argv", ["python3", "-m", "program", "--flag"])
+    environment.prepare()
+    settings = {name: value for name, (value, *_) in environment.SETTINGS.items()}
+    wanted = {**os.environ, **settings, "BIGMAC_PREPARED": "1"}
+    assert begun == ([(sys.executable, [sys.executable, "-m", "program", "--flag"], wanted)] if again else [])

@@ -8,8 +8,10 @@ import os
 import pathlib
 import threading
 import time
+from typing import Any
 from unittest import mock
 
+import fsspec
 import numpy as np
 import pytest
 
@@ -422,3 +424,29 @@ def test_a_mirror(place: str, monkeypatch: pytest.MonkeyPatch) -> None:
     again.fetch("nothing")
     assert (again.folder / "metrics.jsonl").read_bytes() == b"1\n2\n"
     again.close()
+
+
+def test_a_store_is_asked_for_what_is_there_now(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And again where it does not answer; what the user has set stays."""
+    monkeypatch.setattr(storage.importlib.util, "find_spec", lambda name: name)
+    retries = {"retries": {"max_attempts": 10, "mode": "standard"}}
+    for own in ({}, {"s3": {"use_listings_cache": True, "config_kwargs": {}}}):
+        conf: dict[str, Any] = {name: dict(values) for name, values in own.items()}
+        monkeypatch.setattr(fsspec.config, "conf", conf)
+        assert str(storage.locate("s3://bucket/run", "workdir")) == "s3://bucket/run"
+        assert conf["gs"] == {"use_listings_cache": False}
+        assert conf["s3"] == (own.get("s3") or {"use_listings_cache": False, "config_kwargs": retries})
+
+
+def test_a_figure_is_as_large_on_a_store(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its format is that of the name."""
+    figure, written = mock.Mock(), dict[pathlib.Path, bytes]()
+    storage.save_figure(figure, tmp_path / "a.svg")
+    on_disk = figure.savefig.call_args
+    assert on_disk.args == (tmp_path / "a.svg",)
+    monkeypatch.setattr(storage, "is_store", lambda path: True)
+    monkeypatch.setattr(storage, "write_atomically", written.__setitem__)
+    figure.savefig.side_effect = lambda file, **_: file.write(b"drawn")
+    storage.save_figure(figure, tmp_path / "a.svg")
+    assert figure.savefig.call_args.kwargs == on_disk.kwargs | {"format": "svg"} and on_disk.kwargs == {"dpi": 110}
+    assert written == {tmp_path / "a.svg": b"drawn"}
