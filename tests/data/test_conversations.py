@@ -480,7 +480,7 @@ def test_bad_rows_are_told_by_their_reasons(tmp_path: pathlib.Path, caplog: pyte
         *[{"prompt": "a" * 64, "completion": "b"}]
         * 7,  # 65 tokens with the answer's end, of which the last is a target
         {"prompt": "a" * 63, "completion": "b"},
-        {"prompt": None, "completion": "b"},
+        *[{"prompt": None, "completion": "b"}] * 5,
     ]
     with caplog.at_level(logging.WARNING):
         stream = conversations(tmp_path, rows, bad_rows="skip", chat_template=str(tmp_path / "t.jinja"))
@@ -489,7 +489,7 @@ def test_bad_rows_are_told_by_their_reasons(tmp_path: pathlib.Path, caplog: pyte
     place = f"{tmp_path / 'rows.jsonl'} line "
     assert line.partition(" rows left out: ")[2].replace(place, "") == (
         "3 with a message that no template takes (1, 2, 3); 1 that the template refuses (4); "
-        "1 without a prompt (14); 7 longer than data.sequence_length (6, 7, 8, 9, 10 and 2 more)"
+        "5 without a prompt (14, 15, 16, 17, 18); 7 longer than data.sequence_length (6, 7, 8, 9, 10 and 2 more)"
     )
 
 

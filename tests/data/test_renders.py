@@ -188,6 +188,26 @@ def test_a_text_is_encoded_as_far_as_there_is_room() -> None:
     assert not done
 
 
+def test_what_fills_its_room_is_taken() -> None:
+    """And one more is refused: tokens, messages, and characters of a text before its answers are looked for."""
+    tokenizer, checks = ByteTokenizer(), list[int]()
+    for token_bytes in (0, 1):
+        given = tokenizer.encode_batch, ["ab", "c"]
+        assert encode_at_most(*given, 3, token_bytes, lambda: checks.append(1)) == [*b"abc"]
+        with pytest.raises(TooLongError, match="more than 2 tokens"):
+            encode_at_most(*given, 2, token_bytes, lambda: None)
+    assert len(checks) == 4  # before each text
+    message, counting = {"role": "user", "content": "a" * 9}, Chat(tokenizer, "{{ messages | length }}")
+    assert counting.prompt([message], PromptLimit(1)) == [*b"1"]
+    with pytest.raises(TooLongError):
+        counting.prompt([message] * 2, PromptLimit(1))
+    plain = Chat(tokenizer, PLAIN)  # whose longest token is the name of the end, of 13 bytes
+    text = f"User: {'a' * 9}\nAssistant:"
+    assert len(text) == 26 and plain.pieces([message], True, PromptLimit(2)) == [(text, False)]
+    with pytest.raises(TooLongError):
+        plain.pieces([message | {"content": "a" * 10}], True, PromptLimit(2))
+
+
 def test_how_long_a_token_may_be() -> None:
     values = json.loads(bpe().json_text)
     assert ByteTokenizer().token_bytes == 1

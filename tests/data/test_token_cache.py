@@ -6,6 +6,7 @@ import json
 import os
 import pathlib
 import pickle
+import re
 import resource
 import shutil
 import signal
@@ -90,6 +91,33 @@ def test_large_vocabularies_keep_their_ids(text_file, make_config):
     stream = open_stream(make_config(text_file, **NOTHING_HELD_OUT), "train", Large())
     assert stream.tokens(0, 2).tolist() == [100_000, ord("0")]
     assert stream.tokens(stream.num_tokens - 1, stream.num_tokens).tolist() == [100_000]
+
+
+@pytest.mark.parametrize(("size", "dtype"), [(1 << 16, "uint16"), ((1 << 16) + 1, "uint32")])
+def test_a_token_takes_two_bytes_while_its_largest_does(size, dtype, text_file, make_config, tmp_path):
+    class AtItsLimit(ByteTokenizer):
+        vocab_size, eos_id, fingerprint = size, size - 1, str(size)
+
+    stream = open_stream(make_config(text_file, **NOTHING_HELD_OUT), "train", AtItsLimit())
+    assert stream.tokens(0, 2).tolist() == [size - 1, ord("0")]
+    (index,) = tmp_path.glob("cache/tokens/train-*/index.json")
+    assert json.loads(index.read_text())["dtype"] == dtype
+    assert index.with_name("00000-000.bin").stat().st_size == stream.num_tokens * np.dtype(dtype).itemsize
+
+
+def test_a_shard_ends_with_the_batch_that_fills_it(tmp_path, make_config, monkeypatch):
+    """Documents of four letters and an end; the first shard has an end of text before them. The last one, which holds
+    nothing, is not of the index."""
+    monkeypatch.setattr(encoding, "_BATCH", 4)
+    monkeypatch.setattr(token_shards, "SHARD", 5)
+    (tmp_path / "rows.jsonl").write_text('{"text": "abcd"}\n' * 3)
+    stream = open_stream(make_config(tmp_path / "rows.jsonl", **NOTHING_HELD_OUT), "train", ByteTokenizer())
+    (index,) = tmp_path.glob("cache/tokens/train-*/index.json")
+    assert re.fullmatch("train-[0-9a-f]{20}", index.parent.name)
+    shards = [(name, tokens) for name, tokens, _ in json.loads(index.read_text())["shards"]]
+    assert shards == [("00000-000", 6), ("00000-001", 5), ("00000-002", 5)]
+    assert (index.parent / "00000-003.bin").read_bytes() == b""
+    assert stream.tokens(0, 16).tolist() == [EOS, *([*b"abcd", EOS] * 3)]
 
 
 def test_made_once_and_made_again_when_the_text_changes(text_file, make_config, tmp_path, monkeypatch):
