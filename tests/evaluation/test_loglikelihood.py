@@ -217,6 +217,21 @@ def test_a_killed_run_goes_on(tmp_path: pathlib.Path, monkeypatch: pytest.Monkey
     assert len(asked) == 4
 
 
+def test_scores_come_back_as_they_were(tmp_path: pathlib.Path) -> None:
+    """To the last bit, also of a token that is not the likeliest; what is no number is left out, and a damaged line."""
+    path = tmp_path / "t.jsonl"
+    kept = {"a": (-0.1, True), "b": (-1e9 / 3, False), "c": (0.0, False)}
+    log = ScoreLog(path, "A")
+    log.add(kept | {"d": (float("nan"), True), "e": (float("-inf"), True)})
+    log.close()
+    lines = path.read_text().splitlines(keepends=True)
+    assert len(lines) == 3
+    path.write_text("".join([*lines[:2], lines[2].replace("0.0", "1.0"), "no JSON\n"]))
+    again = ScoreLog(path, "A").look_up([*"abcde"])
+    assert again == {name: kept[name] for name in "ab"}
+    assert ScoreLog(path, "B").look_up([*"ab"]) == {} and ScoreLog(path, "A").look_up([]) == {}
+
+
 def test_where_nothing_can_be_written(tmp_path: pathlib.Path, caplog: pytest.LogCaptureFixture) -> None:
     (tmp_path / "file").write_text("")
     log = ScoreLog(tmp_path / "file" / "t.jsonl", "A")
@@ -243,3 +258,10 @@ def test_lengths_that_do_not_fit(caplog: pytest.LogCaptureFixture) -> None:
         check_windows(tiny((1, 1, 1, 2), length=16), 15, 0)
     with pytest.raises(ConfigError, match=r"--length=17 must be a multiple of mesh.tensor=2; use 16"):
         check_windows(tiny((1, 1, 1, 2), length=16, positions="learned", context_length=17), 17, 0)
+    # The next longer one where there are positions for it.
+    with pytest.raises(ConfigError, match=r"--length=15 must be a multiple of mesh.tensor=2; use 16"):
+        check_windows(tiny((1, 1, 1, 2), length=16, positions="learned"), 15, 0)
+    with pytest.raises(ConfigError, match=r"size=17 must be a multiple of mesh.tensor=2; use 18"):
+        check_windows(tiny((1, 1, 1, 2), length=16, positions="rope"), 17, 0, "size")
+    with pytest.raises(ConfigError, match="--stride=17 must be at most the 16 tokens"):
+        check_windows(rope, 0, 17)

@@ -19,7 +19,7 @@ from bigmac_jax.data.pipeline import open_stream, streams_by_source, text_stream
 from bigmac_jax.data.token_cache import Counts, MemoryStream
 from bigmac_jax.data.tokenizer import ByteTokenizer
 from bigmac_jax.evaluation import perplexity
-from bigmac_jax.evaluation.perplexity import Score, evaluate
+from bigmac_jax.evaluation.perplexity import Evaluation, Score, evaluate
 from bigmac_jax.evaluation.sources import measure_specialisation, measure_spread, open_sources, report_sources
 from bigmac_jax.training.workdir import write_config, write_run
 
@@ -236,6 +236,26 @@ def test_a_mixture_is_scored_source_by_source(tmp_path: pathlib.Path, monkeypatc
     assert len(apart) == 2 and score == pytest.approx(Score.combine(apart), rel=1e-12)
     assert across.bytes == score.bytes and across.tokens == score.tokens + 1  # the first one of b
     assert across.loss != pytest.approx(score.loss, rel=1e-6)
+
+
+def test_a_report_by_hand() -> None:
+    """Two layers of four experts: in the first each source has its own two, in the second all use all alike."""
+    evaluations = {}
+    for name, nll, load in (("a", 4 * math.log(2), [0.5, 0.5, 0, 0]), ("longer", 8 * math.log(2), [0, 0, 0.75, 0.25])):
+        score = Score.from_sums(nll, 4, 2, 8)
+        evaluations[name] = Evaluation(score, np.array([load, [0.25] * 4]), np.array([1.0, 1.5]))
+    lines, result = report_sources(evaluations)
+    assert lines == [
+        "a       perplexity     2.000, 0.5000 bits per byte, load: deviation 0.500, busiest 1.50 × the mean",
+        "longer  perplexity     4.000, 1.0000 bits per byte, load: deviation 0.612, busiest 2.00 × the mean",
+        "an expert tells of the source, by layer: 100.0%, 0.0% of what there is to know",
+    ]
+    assert result["specialisation"] == [round(math.log(2), 6), 0.0] and list(result["sources"]) == ["a", "longer"]
+    last = result["sources"]["longer"]
+    assert (last["loss"], last["load_cv"], last["max_load"]) == pytest.approx((2 * math.log(2), math.sqrt(6) / 4, 2.0))
+    assert (last["router_entropy"], last["load"]) == ([1.0, 1.5], [[0, 0, 3, 1], [1] * 4])
+    alone, of_one = report_sources({"a": evaluations["a"]})
+    assert len(alone) == 1 and "specialisation" not in of_one and "load" in of_one["sources"]["a"]
 
 
 def test_a_model_without_experts() -> None:

@@ -14,7 +14,7 @@ from bigmac_jax.config import Config, ConfigError, DataConfig
 from bigmac_jax.data.tokenizer import ByteTokenizer, JsonTokenizer, train_bpe
 from bigmac_jax.evaluation.loglikelihood import Result
 from bigmac_jax.evaluation.tasks import task_answers
-from bigmac_jax.evaluation.tasks.answer_metrics import METRICS, judge_answer, summarise_answers
+from bigmac_jax.evaluation.tasks.answer_metrics import METRICS, judge_answer, mean, summarise_answers
 from bigmac_jax.evaluation.tasks.definitions import Task, load_task
 from bigmac_jax.evaluation.tasks.examples import Example, build_examples
 from bigmac_jax.evaluation.tasks.scores import judge, macro_f1, summarise
@@ -109,7 +109,7 @@ def test_bad_definitions(tmp_path: pathlib.Path, fields: dict[str, Any], message
     [
         ("exact_match", " 12\n", ["12"], 1), ("exact_match", "12.", ["12"], 0), ("exact_match", "b", ["a", "b"], 1),
         ("number", "It is 1,204.", ["so #### 1204"], 1), ("number", "12 or 13", ["13"], 0), ("number", "-3", ["3"], 0),
-        ("number", "none", ["3"], 0),
+        ("number", "none", ["3"], 0), ("number", "13 or 12", ["13"], 1), ("number", "4", ["1, 3 #### 4"], 1),
         ("f1", "The cat sat", ["a cat"], 2 / 3), ("f1", "a dog", ["cat", "big dog!"], 2 / 3), ("f1", "", ["the"], 1),
         # Of 5 and 4 words, 3 are common in ROUGE-1; of 4 and 3 pairs, 1 in ROUGE-2; "cats on mat" is in order.
         ("rouge1", "two cats sat on mat", ["cat on a mat"], 2 * 3 / 9),
@@ -119,6 +119,13 @@ def test_bad_definitions(tmp_path: pathlib.Path, fields: dict[str, Any], message
 )  # fmt: skip
 def test_figures_by_hand(metric: str, prediction: str, references: list[str], value: float) -> None:
     assert judge_answer(prediction, references, [metric])[metric] == pytest.approx(value)
+
+
+def test_a_mean_and_its_error_by_hand() -> None:
+    """The root of the sample's variance over the count: of 1 / 2 over two, of 1 over four; one value has none."""
+    assert mean("x", [0, 1]) == {"x": 0.5, "x_stderr": pytest.approx(0.5)}
+    assert mean("x", [0, 0, 0, 2]) == {"x": 0.5, "x_stderr": pytest.approx(0.5)}
+    assert mean("x", [3]) == {"x": 3.0, "x_stderr": None}
 
 
 def test_figures_of_all_texts_are_sacrebleus() -> None:

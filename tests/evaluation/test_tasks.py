@@ -21,8 +21,9 @@ from bigmac_jax.config import Config, ConfigError, DataConfig, TuningConfig, str
 from bigmac_jax.data.pipeline import text_stream
 from bigmac_jax.data.tokenizer import ByteTokenizer
 from bigmac_jax.evaluation.loglikelihood import Result
-from bigmac_jax.evaluation.tasks import definitions, derived_columns
+from bigmac_jax.evaluation.tasks import definitions, derived_columns, task_jobs
 from bigmac_jax.evaluation.tasks import needle as needle_module
+from bigmac_jax.evaluation.tasks.answer_metrics import judge_answer
 from bigmac_jax.evaluation.tasks.definitions import TASKS, Needle, Task, load_task
 from bigmac_jax.evaluation.tasks.examples import Example, build_examples
 from bigmac_jax.evaluation.tasks.needle import build_needles, draw_needles
@@ -648,3 +649,73 @@ def test_needles(tmp_path: pathlib.Path) -> None:
     assert (summary["accuracy"], summary["accuracy_choice"]) == (0.5, 1.0)
     draw_needles(summary["grid"], tmp_path / "needle.png", "found")
     assert (tmp_path / "needle.png").stat().st_size > 5000
+
+
+def test_a_picture_of_needles_by_hand(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lengths to the right, depths downwards, both in order; a cell without a needle has no number."""
+    saved: list[Any] = []
+    monkeypatch.setattr(needle_module, "save_figure", lambda *given: saved.append(given))
+    grid = {"lengths": [200, 4000], "depths": [0.0, 0.5, 1.0], "accuracy": [[0.0, 0.25, None], [1.0, 0.5, 0.75]]}
+    draw_needles(grid, tmp_path / "needle.png", "found")
+    ((figure, path),) = saved
+    axis, bar = figure.axes
+    (image,) = axis.images
+    assert path == tmp_path / "needle.png" and image.get_clim() == (0, 100)
+    assert image.get_array().filled(-1).tolist() == [[0, 100], [25, 50], [-1, 75]]
+    texts = {text.get_position(): text.get_text() for text in axis.texts}
+    assert texts == {(0, 0): "0", (1, 0): "100", (0, 1): "25", (1, 1): "50", (1, 2): "75"}
+    ticks = [
+        ([*of.get_ticklocs()], [label.get_text() for label in of.get_ticklabels()]) for of in (axis.xaxis, axis.yaxis)
+    ]
+    assert ticks == [([0, 1], ["200", "4,000"]), ([0, 1, 2], ["0", "50", "100"])]
+    assert (axis.get_title(), bar.get_ylabel()) == ("found", "found, %")
+
+
+def test_what_each_task_is_scored_with(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Windows overlap in perplexity tasks alone; a choice has its own score; the files have a line a row."""
+    piqa = write(tmp_path, "piqa.jsonl", [PIQA, PIQA | {"label": 1}])
+    (tmp_path / "ptb.txt").write_text("one two")
+    file = str(tmp_path / "own.toml")
+    (tmp_path / "own.toml").write_text(OWN.replace("multiple_choice", "generate").replace("choices", "stop") + COLUMNS)
+    (tmp_path / "own.jsonl").write_text(json.dumps({"question": "q", "options": "o", "gold": "a"}, allow_nan=False))
+    jobs = open_jobs(
+        ["piqa", "ptb", file], [f"piqa={piqa}", f"ptb={tmp_path}/ptb.txt"], 0, CONFIG, ByteTokenizer(), 512
+    )
+    assert [job.task.name for job in jobs] == ["piqa", "ptb", "own"]
+    model: Any = dataclasses.make_dataclass("Model", ["config"])(CONFIG)
+    asked: list[Any] = []
+
+    def scored(held: Any, requests: Any, length: int, batch: int, stride: int, log: Any, title: str) -> list[Result]:
+        asked.append((held, requests, length, batch, stride, log._path.name, title))
+        log.add({"k": (-1.0, True)})
+        return [Result(-1.0 - i, False, 3) for i in range(len(requests))]
+
+    def written(*given: Any) -> list[dict[str, Any]]:
+        asked.append(given)
+        return [judge_answer("a", ["a"], ["exact_match"])]
+
+    holds: list[Any] = []
+    monkeypatch.setattr(task_jobs, "hold", lambda config, of: holds.append((config, of)) or "held")  # type: ignore[func-returns-value]
+    monkeypatch.setattr(task_jobs, "score_requests", scored)
+    monkeypatch.setattr(task_jobs, "write_answers", written)
+    tokenizer, folder = ByteTokenizer(), tmp_path / "a" / "tasks"
+    for quiet, identity in ((True, "A"), (False, "A"), (True, "B")):
+        asked.clear()
+        found = score_jobs(jobs, model, tokenizer, folder, identity, 512, 4, 8, quiet)
+        titles = ["", ""] if quiet else ["piqa", "ptb"]
+        assert asked == [
+            ("held", jobs[0].requests, 512, 4, 0, "piqa.windows.jsonl", titles[0]),
+            ("held", jobs[1].requests, 512, 4, 8, "ptb.windows.jsonl", titles[1]),
+            (model, tokenizer, jobs[2].examples, jobs[2].prompts, ("exact_match",), 512, 4, quiet),
+        ]
+    assert holds == [(CONFIG, model)] * 3  # once for all tasks
+    assert list(found) == ["piqa", "ptb", "own"] and found["piqa"]["accuracy"] == 0.5  # -1 and -2, -3 and -4
+    assert (found["ptb"]["tokens"], found["ptb"]["words"], found["ptb"]["loglikelihood"]) == (3, 2, -1.0)
+    assert (found["own"]["exact_match"], found["own"]["rows"]) == (1, 1)
+    rows = [json.loads(line) for line in (folder / "piqa.jsonl").read_text().splitlines()]
+    assert [(row["row"], row["loglikelihoods"], row["right"]) for row in rows] == [
+        (f"{piqa} line 1", [-1, -2], True),
+        (f"{piqa} line 3", [-3, -4], False),
+    ]
+    models = [json.loads(line)["model"] for line in (folder / "piqa.windows.jsonl").read_text().splitlines()]
+    assert models[0] == models[1] != models[2]  # one model's scores are none of another's
