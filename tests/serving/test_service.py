@@ -650,6 +650,86 @@ async def test_a_key_may_be_any_text(key: str, codings: tuple[str, ...]) -> None
         assert (await served.ask("/v1/models", headers={"authorization": b"Bearer " + other}))[0] == 401
 
 
+@alone
+async def test_what_a_server_says_of_itself() -> None:
+    """Its model, by name; its page and its health without the key; and how often each was asked for."""
+    served, key = Served(key="k"), {"authorization": "bearer k"}
+    model = {"id": "a", "object": "model", "owned_by": "bigmac_jax", "max_model_len": LONGEST}
+    status, models = await served.ask("/v1/models", headers=key)
+    created = models["data"][0].pop("created")
+    assert (status, models) == (200, {"object": "list", "data": [model]}) and abs(created - time.time()) < 60
+    assert await served.ask("/v1/models/a", headers=key) == (200, model | {"created": created})
+    status, answer = await served.ask("/v1/models/a/b", headers=key)
+    assert (status, answer["error"]["param"], answer["error"]["code"]) == (404, "model", "model_not_found")
+    assert (await served.ask(COMPLETIONS, SHORT | {"model": "b"}, key))[1]["error"]["code"] == "model_not_found"
+    assert (await served.ask(COMPLETIONS, SHORT | {"model": "a"}, key))[0] == 200
+    for path in ("/v1/models", "/v1/models/a", "/metrics", COMPLETIONS):
+        assert (await served.ask(path, SHORT if path == COMPLETIONS else None))[0] == 401
+    assert (await served.ask("/health"))[0] == 200
+    page, metrics = await served._client.get("/"), await served._client.get("/metrics", headers=key)
+    assert page.status_code == 200 and "default-src 'none'" in page.headers["content-security-policy"]
+    assert metrics.headers["content-type"].startswith("text/plain; version=0.0.4")
+    counts = {
+        tuple(line.split('"')[1::2]): float(line.split()[-1])
+        for line in metrics.text.splitlines()
+        if line.startswith("bigmac_requests_total{")
+    }
+    assert counts == {
+        ("/v1/models", "200"): 1, ("/v1/models", "401"): 1, ("/v1/models/{name:path}", "200"): 1,
+        ("/v1/models/{name:path}", "404"): 1, ("/v1/models/{name:path}", "401"): 1, ("/metrics", "401"): 1,
+        (COMPLETIONS, "200"): 1, (COMPLETIONS, "404"): 1, (COMPLETIONS, "401"): 1, ("/health", "200"): 1,
+        ("/", "200"): 1,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("whole", [True, False])
+@alone
+async def test_bodies_at_their_limits(whole: bool) -> None:
+    """As long as may be, and a byte longer, whether the head says so or not; and of another kind."""
+    body = json.dumps(SHORT, allow_nan=False).encode()
+    served = Served(Limits(body=len(body)))
+
+    async def parts(content: bytes) -> AsyncIterator[bytes]:
+        yield content[:3]
+        yield content[3:]
+
+    for content, expected in ((body, 200), (body + b" ", 413)):
+        answer = await served.post(COMPLETIONS, content if whole else parts(content))
+        assert answer.status_code == expected
+    for kind, status in (("Application/JSON; charset=utf-8", 200), ("text/plain", 415), ("", 415)):
+        answer = await served.post(COMPLETIONS, body, {"content-type": kind})
+        assert answer.status_code == status
+    assert served.service._long == 0 and not served.service._arriving
+
+
+@alone
+async def test_a_stream_is_events_until_it_is_done() -> None:
+    served = Served()
+    answer = await served.post(CHAT, {"messages": MESSAGES, "max_tokens": 2, "stream": True})
+    assert (answer.headers["content-type"].split(";")[0], answer.headers["cache-control"]) == (
+        "text/event-stream",
+        "no-store",
+    )
+    events = answer.text.split("\n\n")
+    assert events[-2:] == ["data: [DONE]", ""] and all(event.startswith("data: ") for event in events[:-1])
+    chunks = [json.loads(event.removeprefix("data: ")) for event in events[:-2]]
+    assert "".join(chunk["choices"][0]["delta"]["content"] for chunk in chunks) == "aa"
+    assert "bigmac_request_seconds_count 1.0" in served.worker.metrics.text().decode()
+
+
+@pytest.mark.parametrize(
+    ("status", "kind"),
+    [(400, "invalid_request_error"), (401, "authentication_error"), (408, "timeout"), (429, "rate_limit_error"),
+     (499, "invalid_request_error"), (500, "server_error"), (503, "server_error"), (504, "timeout")],
+)  # fmt: skip
+def test_kinds_of_errors(status: int, kind: str) -> None:
+    """As OpenAI's client reads them; seconds to wait are a header, and who sends too slowly loses the connection."""
+    error = ApiError(status, "why", "n", "code", retry=status % 2 * 7)
+    assert error.body == {"error": {"message": "why", "type": kind, "param": "n", "code": "code"}}
+    waits = {"Retry-After": "7"} if status % 2 else {}
+    assert error.headers == waits | ({"Connection": "close"} if status == 408 else {})
+
+
 BAD: list[tuple[str, dict[str, Any], str]] = [
     (COMPLETIONS, {"stream_options": {"include_usage": "no"}}, "stream_options"),
     (CHAT, {"stream_options": {"include_obfuscation": 1}}, "stream_options"),
