@@ -124,6 +124,27 @@ def test_values_out_of_range(how: dict, message: str) -> None:
         Speculation(**how)
 
 
+def test_values_at_their_limits() -> None:
+    """And fewer experts than a rank holds, where there is one, as studies have it."""
+    assert Speculation() == Speculation(0, 0, 0.25, "auto")
+    for how in ({"tokens": 32}, {"least": 0}, {"least": 1}, {"local_experts": 0}):
+        Speculation(**how)
+    for mesh, local_experts in (((1, 1, 1), 7), ((1, 1, 1), 1), ((1, 1, 2), 4), ((1, 1, 2), 0)):
+        with on_mesh(config := config_on(mesh)):
+            Speculation(1, local_experts).check(config)
+    with on_mesh(config := tiny(mtp_modules=1)):
+        Speculation(1).check(config), Speculation(1, by="mtp").check(config)
+        for how, message in (
+            ({"tokens": 1, "local_experts": 1}, "a next-token module drafts; use local_experts=0"),
+            ({"by": "mtp"}, "speculate=0 drafts none; use speculate=1 or more"),
+            ({"tokens": 1, "by": "local"}, "on one rank of experts"),
+        ):
+            with pytest.raises(ConfigError, match=message):
+                Speculation(**how).check(config)
+    with pytest.raises(ConfigError, match="draft_with=mtp needs a next-token module"), on_mesh(config := tiny()):
+        Speculation(1, by="mtp").check(config)
+
+
 def test_drafting_pauses_after_a_window_of_too_few_accepted() -> None:
     """512 drafted tokens are a window, and 512 steps a pause; what a request could not use was not drafted for it."""
     drafts = Drafts(None, Speculation(4, least=0.5))  # type: ignore[arg-type]

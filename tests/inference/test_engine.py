@@ -352,6 +352,22 @@ def test_slots_of_a_shard(
     assert decoding.slots_per_shard(requests) == expected
 
 
+@pytest.mark.parametrize(
+    ("shards", "positions", "longest", "size", "expected"),
+    [(1, 40, 40, 4, 10), (1, 41, 38, 4, 11), (2, 80, 40, 4, 10), (2, 73, 40, 4, 10), (1, 160, 160, 16, 10)],
+)
+def test_pages_of_a_shard(
+    shards: int, positions: int, longest: int, size: int, expected: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those of all positions together; each shard has room for the longest request, of 16 positions a page."""
+    monkeypatch.setattr(engine_module, "batch_ranks", lambda: shards)
+    assert engine_module.count_pages(positions, longest, size) == expected
+    assert size != 16 or engine_module.count_pages(positions, longest) == expected
+    least = shards * size * (longest // size)
+    with pytest.raises(ConfigError, match=f"the longest request, {least // shards + 1} tokens; use at least "):
+        engine_module.count_pages(least, least // shards + 1, size)
+
+
 def test_a_job_takes_a_position_a_token_but_for_the_last(generator: Generator) -> None:
     job = generator.job((1, 2, 3), Sampling(max_tokens=5), 7)
     assert (job.positions, job.number, job.begins, job.reused) == (7, 7, False, 0)

@@ -19,10 +19,18 @@ from training.tools import text
 from bigmac_jax.config import Config, ConfigError
 from bigmac_jax.data.tokenizer import ByteTokenizer
 from bigmac_jax.inference import Completion, Generator, Request, Sampling
+from bigmac_jax.inference import generator as generator_module
 from bigmac_jax.inference.decoding import DecodePrograms, make_decode_programs, round_up_length
 from bigmac_jax.inference.generator import _fits_gathered
 from bigmac_jax.inference.kv_cache import make_decoder
-from bigmac_jax.inference.requests import check_output, make_answer, open_output, read_requests, share_requests
+from bigmac_jax.inference.requests import (
+    check_output,
+    make_answer,
+    open_output,
+    parse_json,
+    read_requests,
+    share_requests,
+)
 from bigmac_jax.model.counts import parameters
 from bigmac_jax.runtime import hosts
 
@@ -264,6 +272,14 @@ def test_bad_requests_of_a_file(tmp_path: pathlib.Path, content: bytes, message:
         read_requests(str(file), Sampling())
 
 
+def test_a_pair_of_surrogates_is_a_character() -> None:
+    for content in (rb'"\ud83d\ude00"', rb'"\uD83D\uDE00"', '"😀"'.encode()):
+        assert parse_json(content) == "😀"
+    for half in (rb'"\ud83d"', rb'"\uD83D"', rb'{"\ude00": 1}'):
+        with pytest.raises(ValueError, match="holds half of a surrogate pair"):
+            parse_json(half)
+
+
 def test_processes_complete_the_same_prompts(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A standard input is that of process 0; another one's file with other prompts, as many, is an error."""
     rows = [f'{{"prompt": "{name}", "max_tokens": 2}}\n' for name in "ab"]
@@ -297,7 +313,7 @@ def test_files_that_are_not_there(tmp_path: pathlib.Path) -> None:
 def test_nothing_is_lost_before_work_begins(tmp_path: pathlib.Path) -> None:
     prompts, answers = tmp_path / "prompts", tmp_path / "answers"
     prompts.write_text("precious"), answers.write_text("old")
-    check_output(str(answers), str(prompts))
+    check_output(str(answers), str(prompts)), check_output("-", "-"), check_output(str(prompts), "-")
     assert answers.read_text() == "old"
     with pytest.raises(ConfigError, match="is the file of prompts, which would be lost"):
         check_output(str(prompts), str(prompts))
@@ -371,6 +387,34 @@ def test_activations_that_overflow_are_an_error(generator: Generator) -> None:
 def test_lengths_are_rounded_up(length: int, multiple: int, expected: int) -> None:
     """To 16, beyond 128 to 128, and to what tensor ranks divide."""
     assert round_up_length(length, multiple) == expected
+
+
+@pytest.mark.parametrize(
+    ("mesh", "positions", "slots", "given", "expected"),  # of the jobs; slots, positions, longest, and other sizes
+    [
+        ((1, 1, 1), (10, 20), 5, {}, (2, 64, 32, {"chunk": 8192})),  # 16 + 32, up to the next whole 32
+        ((1, 1, 1), (20, 33, 40), 2, {"chunk": 5}, (2, 96, 48, {"chunk": 5})),  # those of the two longest
+        ((1, 1, 1), (31,), 1, {"page_size": 4}, (1, 32, 32, {"chunk": 8192, "page_size": 4})),
+        ((1, 1, 1), (32,), 1, {}, (1, 48, 48, {"chunk": 8192})),  # its last token needs no position, but is one
+        ((2, 1, 1), (10, 20, 30, 5), 3, {}, (3, 128, 32, {"chunk": 8192})),  # 16 + 32 + 32, on two shards alike
+        ((1, 1, 1), (), 3, {"reuse": False}, (3, 144, LENGTH, {"reuse": False})),
+        ((1, 1, 1), (), 3, {"positions": 100}, (3, 100, LENGTH, {})),
+        ((2, 1, 1), (), 3, {}, (3, 192, LENGTH, {})),  # two slots on each shard
+    ],
+)
+def test_the_sizes_of_an_engine(
+    mesh: tuple[int, ...], positions: tuple[int, ...], slots: int, given: dict[str, Any], expected: Any,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """What the jobs need where they are known, else the longest request in every slot."""
+    monkeypatch.setattr(generator_module, "Engine", lambda *made, **sizes: (made, sizes))
+    jobs: Any = [SimpleNamespace(positions=number) for number in positions]
+    with on_mesh(config_on(mesh)):
+        own: Any = SimpleNamespace(
+            mesh=jax.sharding.get_mesh(), max_length=LENGTH, _decoder="decoder", _programs="programs", drafts="drafts"
+        )
+        found: Any = Generator.engine(own, slots, jobs, **given)
+    assert found == (("decoder", "programs", *expected[:3]), expected[3] | {"drafts": "drafts"})
 
 
 @pytest.mark.parametrize(("memory", "gathered"), [(None, True), (1_000, False), (10**9, True)])

@@ -72,6 +72,14 @@ def test_what_a_template_cannot_do(template: str, tmp_path: pathlib.Path) -> Non
         load_dialogue(ByteTokenizer(), "", "bytes", tmp_path).prompt(MESSAGES)
 
 
+def test_little_of_an_error_is_told(tmp_path: pathlib.Path) -> None:
+    """It may hold everything that the template was given."""
+    (tmp_path / "chat_template.jinja").write_text("{{ raise_exception('no ' * 1000) }}")
+    with pytest.raises(ApiError, match="no no no") as error:
+        load_dialogue(ByteTokenizer(), "", "bytes", tmp_path).prompt(MESSAGES)
+    assert (len(error.value.message), error.value.status, error.value.param) == (500, 400, "messages")
+
+
 @pytest.mark.parametrize(("content", "message"), [("{% for %}", "is not Jinja"), (None, "cannot be read")])
 def test_bad_templates(tmp_path: pathlib.Path, content: Any, message: str) -> None:
     if content:

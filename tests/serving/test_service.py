@@ -97,6 +97,7 @@ async def test_who_leaves_takes_the_body_along() -> None:
     threads, release, bodies = WorkThreads(), threading.Event(), [np.zeros(10) for _ in range(5)]
     busy = asyncio.create_task(threads.run(SHORT_WORK + 1, lambda _: release.wait(30)))
     await until(lambda: threads.busy_seconds)
+    assert await threads.run(SHORT_WORK, lambda _: "short") == "short"  # in the other thread, as long as it may be
     kept = [weakref.ref(body) for body in bodies]
     tasks = [asyncio.create_task(threads.run(SHORT_WORK + 1, lambda _, body=body: body.sum())) for body in bodies]
     last = asyncio.create_task(threads.run(SHORT_WORK + 2, lambda _: "done"))
@@ -307,6 +308,18 @@ async def test_an_engine_that_fails_answers_all_that_wait() -> None:
     with pytest.raises(ApiError, match="the engine has failed") as raised:
         worker.check_queue(1)
     assert raised.value.status == 500 and (await served.ask(COMPLETIONS, SHORT))[0] == 500
+
+
+@alone
+async def test_an_engine_gets_so_long_for_its_last_step() -> None:
+    served = Served()
+    with held(served.engine, "submit") as (release, jobs):
+        asked = asyncio.create_task(served.ask(COMPLETIONS, SHORT))
+        await until(lambda: jobs)
+        assert await served.worker.stop(0.05) is False
+        release.set()
+        assert await served.worker.stop(20) is True
+    asked.cancel()
 
 
 @alone
