@@ -655,15 +655,15 @@ def test_a_picture_of_needles_by_hand(tmp_path: pathlib.Path, monkeypatch: pytes
     """Lengths to the right, depths downwards, both in order; a cell without a needle has no number."""
     saved: list[Any] = []
     monkeypatch.setattr(needle_module, "save_figure", lambda *given: saved.append(given))
-    grid = {"lengths": [200, 4000], "depths": [0.0, 0.5, 1.0], "accuracy": [[0.0, 0.25, None], [1.0, 0.5, 0.75]]}
+    grid = {"lengths": [200, 4000], "depths": [0.0, 0.5, 1.0], "accuracy": [[0.1, 0.25, None], [0.9, 0.5, 0.75]]}
     draw_needles(grid, tmp_path / "needle.png", "found")
     ((figure, path),) = saved
     axis, bar = figure.axes
     (image,) = axis.images
     assert path == tmp_path / "needle.png" and image.get_clim() == (0, 100)
-    assert image.get_array().filled(-1).tolist() == [[0, 100], [25, 50], [-1, 75]]
+    assert image.get_array().filled(-1).tolist() == [[10, 90], [25, 50], [-1, 75]]
     texts = {text.get_position(): text.get_text() for text in axis.texts}
-    assert texts == {(0, 0): "0", (1, 0): "100", (0, 1): "25", (1, 1): "50", (1, 2): "75"}
+    assert texts == {(0, 0): "10", (1, 0): "90", (0, 1): "25", (1, 1): "50", (1, 2): "75"}
     ticks = [
         ([*of.get_ticklocs()], [label.get_text() for label in of.get_ticklabels()]) for of in (axis.xaxis, axis.yaxis)
     ]

@@ -1,5 +1,6 @@
 """What an answer says of its tokens."""
 
+import dataclasses
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -100,69 +101,24 @@ def test_a_chat_has_the_bytes_of_tokens() -> None:
     assert [top["bytes"] for top in found["content"][0]["top_logprobs"]] == [[0xC3], [0xB0], [0xB1]]
 
 
-@pytest.mark.parametrize("chat", [False, True])
-def test_an_answer_whole_and_in_chunks(chat: bool) -> None:
-    """Two completions of each prompt: a prompt is counted once, and in a stream each has its number in every chunk."""
-    tokenizer, sampling, n = ByteTokenizer(), Sampling(2), 1 if chat else 2
-    echo = [""] if chat else ["<", "("]
-    prompts = [[1, 2, 3], [4]][: len(echo)]
-    request = CompletionRequest(chat, prompts, echo, sampling, n, True, True, False)
-    jobs = [
-        Job(prompt, sampling, Text(tokenizer, sampling), reused=len(prompt) - 1) for prompt in prompts for _ in range(n)
-    ]
+def test_an_answer_whole_and_in_chunks() -> None:
+    """Two completions of each prompt: a prompt is counted once, and each completion goes by its number."""
+    tokenizer, sampling, echo = ByteTokenizer(), Sampling(2), ["<", "("]
+    request = CompletionRequest(False, [[1, 2, 3], [4]], echo, sampling, 2, True, True, False)
+    jobs = [Job([1] * size, sampling, Text(tokenizer, sampling), reused=size - 1) for size in (3, 3, 1, 1)]
     answer = Answer(request, jobs, "m", partial(name_token, tokenizer))
-    chunks = list(answer.first_chunks())
-    steps: list[list[Step]] = [[] for _ in jobs]
+    chunks, steps = list(answer.first_chunks()), list[list[Step]]()
     for place, job in enumerate(jobs):
-        for token in (ord("a") + place, ord("z")):
-            step = Step(job, job.text.add(token, -0.1), token, -0.1, (), job.text.finish_reason)
-            steps[place].append(step)
-            chunks += [chunk for chunk in [answer.chunk(place, step)] if chunk]
-    texts = [f"{chr(ord('a') + place)}z" for place in range(len(jobs))]
-    usage = {
-        "prompt_tokens": 3,
-        "completion_tokens": 2,
-        "total_tokens": 5,
-        "prompt_tokens_details": {"cached_tokens": 2},
-    }
-    if not chat:
-        usage = {
-            "prompt_tokens": 4,
-            "completion_tokens": 8,
-            "total_tokens": 12,
-            "prompt_tokens_details": {"cached_tokens": 2},
-        }
-    whole = answer.build(steps)
-    assert whole["usage"] == usage and (whole["model"], whole["id"].partition("-")[0]) == (
-        "m",
-        "chatcmpl" if chat else "cmpl",
-    )
-    assert whole["object"] == ("chat.completion" if chat else "text_completion")
-    common = {"logprobs": None, "finish_reason": "length"}
-    assert whole["choices"] == [
-        {"index": i, **common, "message": {"role": "assistant", "content": text, "refusal": None}}
-        if chat
-        else {"index": i, **common, "text": echo[i // 2] + text}
-        for i, text in enumerate(texts)
-    ]
-    given = [
-        (c["index"], c.get("text"), c.get("delta"), c["finish_reason"]) for chunk in chunks for c in chunk["choices"]
-    ]
-    if chat:
-        said = [{"role": "assistant", "content": ""}, {"content": "a"}, {"content": "z"}]
-        assert given == [(0, None, delta, reason) for delta, reason in zip(said, (None, None, "length"), strict=True)]
-    else:
-        assert given[:4] == [(i, echo[i // 2], None, None) for i in range(4)]
-        assert given[4:] == [
-            (i, letter, None, reason)
-            for i, text in enumerate(texts)
-            for letter, reason in zip(text, (None, "length"), strict=True)
-        ]
-    (last,) = answer.last_chunks()
-    assert (last["choices"], last["usage"]) == ([], usage)
-    assert {chunk["object"] for chunk in (*chunks, last)} == {"chat.completion.chunk" if chat else "text_completion"}
+        steps.append([Step(job, job.text.add(t, -0.1), t, -0.1, (), job.text.finish_reason) for t in (65 + place, 90)])
+        chunks += [chunk for step in steps[-1] if (chunk := answer.chunk(place, step))]
+    whole, (last,) = answer.build(steps), answer.last_chunks()
+    usage = {"prompt_tokens": 4, "completion_tokens": 8, "total_tokens": 12}
+    assert whole["usage"] == last["usage"] == usage | {"prompt_tokens_details": {"cached_tokens": 2}}
+    assert [(c["index"], c["text"]) for c in whole["choices"]] == [(0, "<AZ"), (1, "<BZ"), (2, "(CZ"), (3, "(DZ")]
+    given = [(c["index"], c["text"], c["finish_reason"]) for chunk in chunks for c in chunk["choices"]]
+    assert given[:4] == [(i, echo[i // 2], None) for i in range(4)] and last["choices"] == []
+    assert given[4:] == [(i, t, r) for i in range(4) for t, r in ((chr(65 + i), None), ("Z", "length"))]
     assert {chunk["id"] for chunk in (*chunks, last)} == {whole["id"]}
-    silent = CompletionRequest(chat, prompts, [""] * len(echo), sampling, n, True, False, False)
-    unasked = Answer(silent, jobs, "m", partial(name_token, tokenizer))
-    assert not [*unasked.last_chunks()] and len([*unasked.first_chunks()]) == chat
-    assert unasked.chunk(0, Step(jobs[0], "", 97, -0.1, (), "")) is None  # nothing is certain of its text
+    silent = Answer(dataclasses.replace(request, usage=False, echo=["", ""]), jobs, "m", partial(name_token, tokenizer))
+    assert not [*silent.last_chunks(), *silent.first_chunks()]
+    assert silent.chunk(0, Step(jobs[0], "", 97, -0.1, (), "")) is None  # nothing is certain of its text

@@ -663,38 +663,6 @@ async def test_a_key_may_be_any_text(key: str, codings: tuple[str, ...]) -> None
         assert (await served.ask("/v1/models", headers={"authorization": b"Bearer " + other}))[0] == 401
 
 
-@alone
-async def test_what_a_server_says_of_itself() -> None:
-    """Its model, by name; its page and its health without the key; and how often each was asked for."""
-    served, key = Served(key="k"), {"authorization": "bearer k"}
-    model = {"id": "a", "object": "model", "owned_by": "bigmac_jax", "max_model_len": LONGEST}
-    status, models = await served.ask("/v1/models", headers=key)
-    created = models["data"][0].pop("created")
-    assert (status, models) == (200, {"object": "list", "data": [model]}) and abs(created - time.time()) < 60
-    assert await served.ask("/v1/models/a", headers=key) == (200, model | {"created": created})
-    status, answer = await served.ask("/v1/models/a/b", headers=key)
-    assert (status, answer["error"]["param"], answer["error"]["code"]) == (404, "model", "model_not_found")
-    assert (await served.ask(COMPLETIONS, SHORT | {"model": "b"}, key))[1]["error"]["code"] == "model_not_found"
-    assert (await served.ask(COMPLETIONS, SHORT | {"model": "a"}, key))[0] == 200
-    for path in ("/v1/models", "/v1/models/a", "/metrics", COMPLETIONS):
-        assert (await served.ask(path, SHORT if path == COMPLETIONS else None))[0] == 401
-    assert (await served.ask("/health"))[0] == 200
-    page, metrics = await served._client.get("/"), await served._client.get("/metrics", headers=key)
-    assert page.status_code == 200 and "default-src 'none'" in page.headers["content-security-policy"]
-    assert metrics.headers["content-type"].startswith("text/plain; version=0.0.4")
-    counts = {
-        tuple(line.split('"')[1::2]): float(line.split()[-1])
-        for line in metrics.text.splitlines()
-        if line.startswith("bigmac_requests_total{")
-    }
-    assert counts == {
-        ("/v1/models", "200"): 1, ("/v1/models", "401"): 1, ("/v1/models/{name:path}", "200"): 1,
-        ("/v1/models/{name:path}", "404"): 1, ("/v1/models/{name:path}", "401"): 1, ("/metrics", "401"): 1,
-        (COMPLETIONS, "200"): 1, (COMPLETIONS, "404"): 1, (COMPLETIONS, "401"): 1, ("/health", "200"): 1,
-        ("/", "200"): 1,
-    }  # fmt: skip
-
-
 @pytest.mark.parametrize("whole", [True, False])
 @alone
 async def test_bodies_at_their_limits(whole: bool) -> None:
