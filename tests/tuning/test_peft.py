@@ -1,6 +1,8 @@
-"""PEFT itself: with adapters in its layout, the exported model computes what ours does. Needs the extra `hf`."""
+"""PEFT itself: with adapters in its layout, the exported model computes what ours does; and its files, without it.
+What runs PEFT needs the extra `hf`."""
 
 import dataclasses
+import json
 import pathlib
 from typing import Any
 
@@ -19,11 +21,6 @@ from bigmac_jax.model.parameters import named_leaves
 from bigmac_jax.training.restore import Restored
 from bigmac_jax.training.step import split_model
 from bigmac_jax.tuning.peft import _depth, _find_places, _Place, _settings, export_adapters
-
-torch = pytest.importorskip("torch")
-transformers = pytest.importorskip("transformers", minversion="5.24")
-peft = pytest.importorskip("peft", minversion="0.21")
-pytestmark = pytest.mark.usefixtures("own_modules")
 
 BIGMAC = {"num_layers": 2, "num_shared_experts": 1, "latent_norm": "gate"}
 ALL = "attention,projections,shared,experts,router"
@@ -46,7 +43,11 @@ FULL = {"hybrid", "qwen, on a mesh"}
 
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.full] * (n in FULL)) for n in CASES])
-def test_adapters_in_its_layout(name: str, tmp_path: pathlib.Path) -> None:
+def test_adapters_in_its_layout(name: str, tmp_path: pathlib.Path, request: pytest.FixtureRequest) -> None:
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers", minversion="5.24")
+    peft = pytest.importorskip("peft", minversion="0.21")
+    request.getfixturevalue("own_modules")
     kind, fields, targets, mesh = CASES[name]
     plain: Config = tiny(mesh, **fields)
     assert choose_format(plain) == kind
@@ -80,6 +81,106 @@ def test_adapters_in_its_layout(name: str, tmp_path: pathlib.Path) -> None:
         found = tuned(torch.tensor(tokens, dtype=torch.long)).logits.numpy()
     assert np.abs(ours - before).max() > 0.1
     np.testing.assert_allclose(found, ours, atol=1e-5 * np.abs(ours).max(), rtol=0)
+
+
+def _exported(plain: Config, folder: pathlib.Path, targets: str, dtype: str = "float32") -> tuple[Any, ...]:
+    """Random adapters → how much each adds to its matrix, the base's leaves, and what PEFT is given."""
+    tuning = TuningConfig(lora_rank=2, lora_alpha=3.0, lora_targets=targets)
+    config = dataclasses.replace(plain, tuning=tuning, train=dataclasses.replace(plain.train, init_from="some"))
+    draw = np.random.default_rng(1).standard_normal
+    with on_mesh(config):
+        graphdef, shapes, rest = split_model(abstract_model(config))
+        both = shapes, jax.eval_shape(lambda: make_adapters(config, shapes, jax.random.key(0)))
+        base, adapters = jax.tree.map(lambda leaf: jax.device_put(draw(leaf.shape).astype(np.float32)), both)
+        count = export_adapters(Restored(config, graphdef, adapters, rest, shapes, 1, None), folder, plain,
+                                lambda: base, dtype)  # fmt: skip
+    values = {name: np.asarray(leaf) for name, leaf in named_leaves(adapters).items()}
+    assert count == sum(value.size for value in values.values())
+    names = [name.removesuffix(".a") for name in values if name.endswith(".a")]
+    added = {name: 1.5 * values[f"{name}.a"] @ values[f"{name}.b"] for name in names}
+    settings = json.loads((folder / "adapter_config.json").read_text())
+    return added, named_leaves(base), settings, load_file(folder / "adapter_model.safetensors")
+
+
+def _added_by_peft(settings: dict[str, Any], found: dict[str, np.ndarray], name: str, key: str) -> np.ndarray:
+    """What PEFT adds to a Linear's weight, [outputs, inputs], or to a parameter of experts, [E, outputs, inputs]."""
+    a, b = (found.pop(f"base_model.model.{key}.lora_{of}.weight") for of in "AB")
+    pattern = name.replace(".", r"\.")
+    rank = settings["rank_pattern"].get(pattern, settings["r"])
+    scale = settings["alpha_pattern"].get(pattern, settings["lora_alpha"]) / rank
+    experts = a.shape[0] // rank
+    parts = a.reshape(experts, rank, -1), b.reshape(b.shape[0], rank, experts)
+    return scale * np.einsum("ore,erx->eox", parts[1], parts[0])
+
+
+def test_numbers_of_a_hybrids_adapters(tmp_path: pathlib.Path) -> None:
+    """Mamba's five projections are one Linear, of five times the rank; its out_proj goes whole, with its bias. Experts
+    are turned, and each of their parameters is wrapped around the one before."""
+    plain = tiny(**HYBRID | HYBRIDS["all kinds"] | {"balance_bias_rate": 0.0})
+    added, base, settings, found = _exported(plain, tmp_path / "adapters", f"{ALL},mamba,mlp")
+    first, second, third = (stack.name for stack in plain.model.stacks)
+    whole, linear, parameters = [], [], []
+    for number, branch in {0: f"{first}.mamba0", 1: f"{first}.mamba1", 5: f"{third}.mamba"}.items():
+        at = f"model.layers.{number}.mixer"
+        parts = [added.pop(f"{branch}.{name}.w_DF")[0] for name in ("gate", "inner", "b", "c", "time")]
+        delta = _added_by_peft(settings, found, f"{at}.in_proj", f"{at}.in_proj")
+        np.testing.assert_allclose(delta[0], np.concatenate(parts, axis=1).T, rtol=1e-4, atol=1e-5)
+        kept = np.asarray(base[f"{branch}.out.w_DF"][0]) + added.pop(f"{branch}.out.w_DF")[0]
+        np.testing.assert_allclose(found.pop(f"base_model.model.{at}.out_proj.weight"), kept.T, rtol=1e-5, atol=1e-5)
+        bias = found.pop(f"base_model.model.{at}.out_proj.bias")
+        np.testing.assert_array_equal(bias, np.asarray(base[f"{branch}.out.b_F"])[0])
+        whole.append(f"{at}.out_proj")
+        linear.append(f"{at}.in_proj")
+    moe = "model.layers.3.mixer"
+    places = {f"model.layers.2.mixer.{n[0]}_proj": f"{first}.attention.{n}.w_DF" for n in ("query", "key", "value")}
+    places |= {"model.layers.2.mixer.o_proj": f"{first}.attention.out.w_DF"}
+    places |= {f"{moe}.fc1_latent_proj": f"{first}.mlp.down.w_DF", f"{moe}.fc2_latent_proj": f"{first}.mlp.up.w_DF"}
+    for way in ("up", "down"):
+        places |= {f"{moe}.shared_experts.{way}_proj": f"{first}.mlp.shared.{way}.w_DF"}
+        places |= {f"model.layers.4.mixer.{way}_proj": f"{second}.mlp.{way}.w_DF"}
+    for name, leaf in places.items():
+        delta = _added_by_peft(settings, found, name, name)
+        np.testing.assert_allclose(delta[0], added.pop(leaf)[0].T, rtol=1e-4, atol=1e-5, err_msg=name)
+        linear.append(name)
+    for name, key, leaf in (
+        ("gate.weight", "gate", "router_DE"),
+        ("experts.up_proj", "experts.base_layer", "experts.w_in_eRF"),
+        ("experts.down_proj", "experts", "experts.w_out_eFR"),
+    ):
+        delta = _added_by_peft(settings, found, f"{moe}.{name}", f"{moe}.{key}")
+        expected = added.pop(f"{first}.mlp.{leaf}")[0]
+        expected = expected.reshape(-1, *expected.shape[-2:]).swapaxes(1, 2)
+        np.testing.assert_allclose(delta, expected, rtol=1e-4, atol=1e-5, err_msg=name)
+        parameters.append(f"{moe}.{name}")
+    assert not added and not found
+    assert sorted(settings["target_modules"]) == sorted(linear)
+    assert sorted(settings["target_parameters"]) == sorted(parameters)
+    assert sorted(settings["modules_to_save"]) == sorted(whole)
+
+
+def test_numbers_of_our_class_adapters(tmp_path: pathlib.Path) -> None:
+    """Its experts are [E, inputs, outputs], so that A is of the outputs; the router stays float32 beside bfloat16."""
+    plain = tiny(**BIGMAC | {"gated": True})
+    added, _, settings, found = _exported(plain, tmp_path / "adapters", "experts,router", "bfloat16")
+    bfloat16 = jax.numpy.bfloat16
+    for layer in range(2):
+        at = f"model.layers.{layer}.mlp"
+        for name, key, leaf in (
+            ("experts.up_proj", "experts.base_layer.base_layer", "experts.w_in_eRF"),
+            ("experts.gate_proj", "experts.base_layer", "experts.w_gate_eRF"),
+            ("experts.down_proj", "experts", "experts.w_out_eFR"),
+            ("router.weight", "router", "router_DE"),
+        ):
+            stored = found[f"base_model.model.{at}.{key}.lora_A.weight"].dtype
+            assert stored == (np.float32 if "router" in name else bfloat16)
+            values = {k: v.astype(np.float32) if at in k else v for k, v in found.items()}
+            delta = _added_by_peft(settings, values, f"{at}.{name}", f"{at}.{key}")
+            found = {k: v for k, v in found.items() if k in values}
+            expected = added[f"layers.mlp.{leaf}"][layer]
+            expected = expected.T[None] if "router" in name else expected
+            np.testing.assert_allclose(delta, expected, rtol=0.05, atol=0.15, err_msg=name)
+    assert not found and settings["modules_to_save"] is None and settings["target_modules"] == []
+    assert len(settings["target_parameters"]) == 8 and settings["rank_pattern"] == settings["alpha_pattern"] == {}
 
 
 def test_what_has_no_place(tmp_path: pathlib.Path) -> None:
