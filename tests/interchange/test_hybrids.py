@@ -14,7 +14,7 @@ import pytest
 from model.tools import abstract_model, leaves, on_mesh, random_model, tiny
 from safetensors.numpy import load_file
 
-from bigmac_jax.config import Config, ConfigError
+from bigmac_jax.config import Config, ConfigError, load_config
 from bigmac_jax.interchange import choose_format, export_model, import_model, import_run, nemotron_h
 from bigmac_jax.interchange.layout import stored_shapes
 from bigmac_jax.interchange.tensor_files import Checkpoint, Index
@@ -27,6 +27,22 @@ from .tools import HYBRID, HYBRIDS, our_logits, tokens_of
 
 def hybrid(name: str, mesh: tuple[Any, ...] = (1, 1, 1)) -> Config:
     return tiny(mesh, batch=4, length=10, **HYBRID | HYBRIDS[name])
+
+
+def test_a_shipped_model_is_the_published_one() -> None:
+    """Fields of Nemotron 3 Nano's own config.json that say what is computed."""
+    nano = nemotron_h.to_json(load_config("nemotron3_nano"), {})
+    published = {
+        "hybrid_override_pattern": "MEMEM*EMEMEM*EMEMEM*EMEMEM*EMEMEM*EMEMEMEM*EMEMEMEME", "num_hidden_layers": 52,
+        "vocab_size": 131072, "hidden_size": 2688, "num_attention_heads": 32, "num_key_value_heads": 2,
+        "head_dim": 128, "attention_bias": False, "use_bias": False, "mlp_bias": False, "mamba_proj_bias": False,
+        "layer_norm_epsilon": 1e-5, "tie_word_embeddings": False, "mamba_num_heads": 64, "mamba_head_dim": 64,
+        "n_groups": 8, "ssm_state_size": 128, "conv_kernel": 4, "use_conv_bias": True, "time_step_min": 0.001,
+        "n_routed_experts": 128, "num_experts_per_tok": 6, "moe_intermediate_size": 1856, "n_shared_experts": 1,
+        "moe_shared_expert_intermediate_size": 3712, "norm_topk_prob": True, "routed_scaling_factor": 2.5,
+        "n_group": 1, "topk_group": 1,
+    }  # fmt: skip
+    assert {name: nano[name] for name in published} == published
 
 
 @pytest.mark.parametrize("name", ["all kinds", *(pytest.param(n, marks=pytest.mark.full) for n in list(HYBRIDS)[1:])])
