@@ -11,7 +11,7 @@ import pytest
 from bigmac_jax.config import Config
 from bigmac_jax.model.choose_exchange import choose_exchange, make_exchange, predict_seconds
 from bigmac_jax.model.exchange import STRATEGIES
-from bigmac_jax.model.exchange.costs import cost, seconds
+from bigmac_jax.model.exchange.costs import cost, seconds, wire_bytes
 from bigmac_jax.model.mesh import EXPERT_GROUP, ExpertGroup, make_mesh, placed, ranks
 from bigmac_jax.model.traffic import tokens_at_a_time
 from bigmac_jax.training.metrics import describe_auto
@@ -156,3 +156,85 @@ def test_auto_takes_what_reads_a_finite_factor(sizes: tuple[int, int]) -> None:
     config = tiny((1, *sizes), exchange="auto", capacity_factor=1.0)
     assert predict_seconds(config, 1.0, 4096, group).keys() == wanted and not config.dropless
     assert predict_seconds(config, math.inf, 4096, group).keys() == STRATEGIES.keys()
+
+
+# Of 64 tokens with two choices each among 16 experts, on two machines of four ranks: fast links lead to three ranks and
+# slow ones to four. Expected rows: a rank's two experts are among a token's two with 1 - C(14, 2) / C(16, 2) = 29/120,
+# a machine's eight with 1 - C(8, 2) / C(16, 2) = 92/120.
+COSTS = [
+    # exchange, capacity factor, buffer factor; dispatch, useful, metadata, its gradient, collectives
+    ("all_to_all", 1.5, math.inf, (72, 96), (48, 64), (0, 0), (0, 0), 2),  # 12 rows an expert
+    ("all_to_all", math.inf, math.inf, (384, 512), (48, 64), (24, 32), (0, 0), 3),
+    ("all_to_all", math.inf, 8.0, (384, 512), (48, 64), (24, 32), (0, 0), 3),  # room for all: nobody asks
+    ("all_to_all", math.inf, 2.0, (96, 128), (48, 64), (24, 32), (0, 0), 4),
+    ("ragged", math.inf, math.inf, (48, 64), (48, 64), (192, 256), (0, 0), 3),
+    ("gather", math.inf, math.inf, (192, 256), (46.4, 4 * 64 * 29 / 120), (3072, 4096), (1536, 2048), 4),
+    ("dedup", math.inf, math.inf, (192, 256), (46.4, 4 * 64 * 29 / 120), (1920, 2560), (1536, 2048), 4),
+    ("dedup", 1.25, math.inf, (60, 80), (46.4, 4 * 64 * 29 / 120), (600, 800), (480, 640), 4),
+    # 64 rows to the other machine, and in it twice as many to each of three ranks.
+    ("hierarchical", math.inf, math.inf, (384, 64), (92.8, 64 * 92 / 120), (3840, 640), (3072, 512), 8),
+    # Room for 62 of 128 rows, and two bytes of each row that the first hop brought are told.
+    ("hierarchical", math.inf, 2.0, (186, 64), (92.8, 64 * 92 / 120), (1860, 640 + 128), (1488, 512), 10),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("exchange", "factor", "buffer", "rows", "useful", "metadata", "gradient", "calls"), COSTS)
+def test_costs_by_hand(
+    exchange: str,
+    factor: float,
+    buffer: float,
+    rows: tuple,
+    useful: tuple,
+    metadata: tuple,
+    gradient: tuple,
+    calls: int,
+) -> None:
+    strategy = STRATEGIES[exchange](16, (2, 4), factor, EXPERT_GROUP, "bfloat16", "float32", buffer_factor=buffer)
+    spent = cost(strategy, 64, 2)
+    assert spent.dispatch == spent.combine == rows and spent.useful == pytest.approx(useful)
+    assert (spent.metadata, spent.metadata_gradient, spent.collectives) == (metadata, gradient, calls)
+    # Rows of 32 numbers, there and back: in the forward pass's format, or in the one that is asked for.
+    assert wire_bytes(strategy, 64, 2, 32, format="") == 2 * sum(rows) * 64
+    assert wire_bytes(strategy, 64, 2, 32, format="int8") == 2 * sum(rows) * 36
+    # Links of 200 and 12.5 GB/s, and 10 µs a collective.
+    fast, slow = (2 * count * 64 + beside for count, beside in zip(rows, metadata, strict=True))
+    assert seconds(strategy, 64, 2, 32) == pytest.approx(fast / 200e9 + slow / 12.5e9 + calls * 10e-6)
+
+
+@pytest.mark.parametrize(("experts", "of_an_expert"), [(127, 1), (128, 2)])
+def test_experts_are_told_in_a_byte_where_there_are_few(experts: int, of_an_expert: int) -> None:
+    """A byte holds the number of a rank's experts too, which stands for none."""
+    strategy = STRATEGIES["dedup"](2 * experts, (1, 2), math.inf, EXPERT_GROUP)
+    assert cost(strategy, 10, 3).metadata == (10 * 3 * (of_an_expert + 4), 0)
+    assert cost(strategy, 10, 3).metadata_gradient == (10 * 3 * 4, 0)
+
+
+@pytest.mark.parametrize(
+    ("fields", "formats"),
+    [
+        ({"dtype": "bfloat16"}, ("bfloat16", "bfloat16")),
+        ({"dtype": "bfloat16", "wire_dtype": "int8"}, ("int8", "int8")),
+        ({"wire_dtype": "int8", "wire_dtype_backward": "bfloat16"}, ("int8", "bfloat16")),
+    ],
+)
+def test_an_exchange_has_the_configs_formats_and_room(fields: dict[str, str], formats: tuple[str, str]) -> None:
+    group, config = ExpertGroup((2, 4), "gpu", ""), tiny((1, 2, 4), buffer_factor=1.75, **fields)
+    for exchange in STRATEGIES:
+        made = make_exchange(exchange, config, 1.5, group)
+        assert isinstance(made, STRATEGIES[exchange]) and (made.forward, made.backward) == formats
+        assert (made.num_experts, made.sizes, made.capacity_factor, made.axis) == (8, (2, 4), 1.5, EXPERT_GROUP)
+        assert made.buffer_factor == 1.75
+
+
+@pytest.mark.parametrize(
+    ("platform", "kind", "has_ragged"),
+    [("tpu", "TPU v5", True), ("tpu", "TPU v5 lite", False), ("gpu", "", True), ("cpu", "", False)],
+)
+def test_seconds_are_predicted_of_what_the_devices_have(platform: str, kind: str, has_ragged: bool) -> None:
+    config, group = tiny((1, 2, 4), exchange="auto"), ExpertGroup((2, 4), platform, kind)
+    predicted = predict_seconds(config, math.inf, 64, group)
+    assert predicted.keys() == STRATEGIES.keys() - (set() if has_ragged else {"ragged"})
+    for exchange, predicted_seconds in predicted.items():
+        expected = STRATEGIES[exchange](8, (2, 4), math.inf, EXPERT_GROUP, "float32", "float32")
+        # A row is four numbers: a quarter of 16.
+        assert predicted_seconds == pytest.approx(seconds(expected, 64, 3, config.model.wire_size))
