@@ -312,3 +312,34 @@ def test_a_layer_balances_its_own_step() -> None:
         moved = update_bias(config, jnp.asarray(bias_E)[None], aux.load, aux.quantile_stats)
         np.testing.assert_array_equal(moved[0], solved_E)
         np.testing.assert_array_equal(applied(config, bias_E, True)[0], applied(before, bias_E, True)[0])
+
+
+@pytest.mark.parametrize("top_k", [1, 3])
+def test_a_quantile_lies_between_two_tokens(top_k: int) -> None:
+    """Of two tokens and four experts: half a token, or one and a half, are to choose each, and the middle is taken."""
+    config = tiny(batch=1, length=2, num_experts=4, top_k=top_k, balance="quantile", balance_step="next")
+    required_1ET: Any = np.array([[[0.0, 1.0], [2.0, 4.0], [1.0, 1.0], [5.0, 9.0]]])
+    assert config.sorts_biases
+    middles_E = np.array([0.5, 3, 1, 7]) - 2.875
+    unread: Any = np.ones((1, 4))
+    np.testing.assert_allclose(update_bias(config, unread, unread, required_1ET), [middles_E])
+
+
+def test_quantiles_of_a_histogram_by_hand() -> None:
+    """Five of eight tokens are wanted. Where a bin has all of them, they lie evenly in it; where the first edge has
+    enough, it is the bias."""
+    config = tiny(num_experts=8, top_k=5, balance="quantile", balance_step="next", mtp_modules=1)
+    assert not config.sorts_biases
+    bias_E, range_ = np.array([0.5, -0.5, 0, 0, 0, 0, 0, 0]), 0.5 + 0.5 + 1
+    side = 1e-6 ** (1 - np.arange(500) / 499)  # from a millionth of the range to all of it
+    edges_Eb = bias_E[:, None] + range_ * np.concatenate([-side[::-1], [0], side])
+    # The last edge before the tokens, and how many stand before it.
+    last_E, before_E = np.array([999, 0, 499, 500, 999, 0, 750, 250]), np.array([0, 0, 0, 0, 3, 4.5, 2, 0])
+    counts_Eb = np.where(np.arange(1001) > last_E[:, None], 8.0, before_E[:, None])
+    counts_Eb[1] = 8
+    inside_E = (5 - before_E) / (8 - before_E)
+    at, after = edges_Eb[np.arange(8), last_E], edges_Eb[np.arange(8), last_E + 1]
+    expected_E = at + inside_E * (after - at)
+    expected_E[1] = edges_Eb[1, 0]
+    found = jax.jit(functools.partial(update_bias, config))(bias_E[None], np.ones((1, 8)), counts_Eb[None])
+    np.testing.assert_allclose(found[0], expected_E - expected_E.mean(), rtol=1e-5, atol=1e-6)

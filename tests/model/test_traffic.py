@@ -10,6 +10,7 @@ import pathlib
 import subprocess
 import sys
 from dataclasses import replace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,8 +21,8 @@ from jax.sharding import PartitionSpec as P
 from bigmac_jax.config import Config, TrainConfig
 from bigmac_jax.model.exchange import STRATEGIES, Hierarchical
 from bigmac_jax.model.exchange.costs import cost, wire_bytes
-from bigmac_jax.model.mesh import current_group, make_mesh
-from bigmac_jax.model.traffic import exchange_traffic
+from bigmac_jax.model.mesh import ExpertGroup, current_group, make_mesh
+from bigmac_jax.model.traffic import computed_rows, exchange_traffic, exchanged_bytes, received_rows
 from bigmac_jax.training.programs import step_program
 from bigmac_jax.training.step import make_trainer
 
@@ -165,3 +166,61 @@ def test_hierarchical_halves_the_slow_link() -> None:
     slow = json.loads(run.stdout.splitlines()[-1])
     assert 0 < slow["hierarchical"] <= 0.5 * slow["all_to_all"]
     assert slow["hierarchical payload"] == 2 * 3 * TOKENS * 128 * 4  # out and back, to three machines
+
+
+def of_traffic(exchange: str, mesh: tuple[int, ...] = (1, 2, 4), **fields: Any) -> tuple[Config, ExpertGroup]:
+    """Eight ranks with 64 tokens each, 16 experts of width 16 or 4, two choices."""
+    c = tiny(mesh, batch=64, length=8, num_experts=16, top_k=2, dtype="bfloat16", exchange=exchange, **fields)
+    return c, ExpertGroup((mesh[1], mesh[2]), "gpu", "")
+
+
+@pytest.mark.parametrize(
+    ("exchange", "factor", "buffer", "sizes", "received", "computed"),
+    [
+        ("all_to_all", 1.5, math.inf, (2, 4), 8 * 24, 3),  # of 12 rows an expert
+        ("all_to_all", 1.5, math.inf, (1, 1), 16 * 12, 3),
+        ("all_to_all", math.inf, math.inf, (1, 1), 64, 2),
+        ("all_to_all", math.inf, 2.0, (2, 4), 8 * 32, 2),
+        ("ragged", math.inf, math.inf, (2, 4), 8 * 64 * 2, 2),
+        ("ragged", math.inf, 1.25, (2, 4), 160, 2),
+        ("dedup", 1.25, math.inf, (2, 4), 8 * 20, 2),
+        ("gather", math.inf, math.inf, (2, 4), 8 * 64, 2),
+    ],
+)
+def test_rows_that_arrive_and_are_computed(
+    exchange: str, factor: float, buffer: float, sizes: tuple[int, int], received: int, computed: int
+) -> None:
+    """Of a rank's 64 tokens, with those that it keeps."""
+    strategy = STRATEGIES[exchange](16, sizes, factor, ("node", "expert"), buffer_factor=buffer)
+    assert received_rows(strategy, 64, 2) == pytest.approx(received)
+    assert computed_rows(strategy, 64, 2) == computed
+
+
+@pytest.mark.parametrize(
+    ("structure", "exchange", "fields", "ways"),
+    [
+        ("bigmac", "dedup", {}, 2),  # W↑ needs what came back
+        ("fine_grained", "dedup", {}, 1),  # summed at the experts
+        ("fine_grained", "dedup", {"latent_norm": "post_combine"}, 2),
+        ("fine_grained", "all_to_all", {}, 2),  # gates need it
+    ],
+)
+def test_bytes_of_exchanges_that_are_kept_and_made_again(
+    structure: str, exchange: str, fields: dict, ways: int
+) -> None:
+    c, group = of_traffic(exchange, structure=structure, capacity_factor=1.25, **fields)
+    rows, width = 8 * 20, 4 if structure == "bigmac" else 16  # both have 20 of a pair of ranks
+    assert exchanged_bytes(c, 8, group) == ways * rows * width * 2
+    assert exchanged_bytes(c, 8, ExpertGroup((1, 1), "gpu", "")) == 0
+    two = exchanged_bytes(replace(c, execution=replace(c.execution, overlap_chunks=2)), 8, group)
+    assert two == exchanged_bytes(c, 8, group)
+    # There and back, and the gradients of both; what is made again comes back a second time if it is needed.
+    for remat, again in (("none", 0), ("exchange", 0), ("layer", 1), ("offload", 1)):
+        traffic = exchange_traffic(replace(c, execution=replace(c.execution, remat=remat)), 8, group)
+        crossings, layers = 4 + (again and ways), 2
+        assert traffic.exchanges == crossings * layers
+        assert traffic.padded == tuple(crossings * layers * 8 * n * 20 * width * 2 for n in (3, 4))
+        expected = 16 if exchange == "all_to_all" else 64 * 29 / 120
+        assert traffic.payload == pytest.approx([n / 20 * expected for n in traffic.padded])
+        beside = 20 * (10 * (1 + again) + 8) if exchange == "dedup" else 0  # experts, and gates with a gradient
+        assert traffic.metadata == tuple(layers * 8 * n * beside for n in (3, 4))
