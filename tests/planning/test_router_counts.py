@@ -7,7 +7,14 @@ from model.tools import tiny
 
 from bigmac_jax.config import Config, MeshConfig, OptimizerConfig, TrainConfig, TuningConfig, load_config
 from bigmac_jax.config.reads import notes
-from bigmac_jax.model.counts import adapted_parts, flops, parameters
+from bigmac_jax.model.counts import (
+    adapted_parts,
+    counts_loads,
+    flops,
+    forward_passes,
+    parameters,
+    passes_to_logits,
+)
 from bigmac_jax.model.memory import checkpoint_bytes, state_memory
 from bigmac_jax.planning.cost import _shared_numbers
 from bigmac_jax.planning.structures import of_equal_size
@@ -75,3 +82,53 @@ def test_choices_that_do_not_reach_top_k_are_told():
     (line,) = notes(load_config("tiny", [field.format(60) for field in (*grown, "optimizer.warmup_steps=1")]))
     assert line == "train.choices_steps=100 of train.steps=60: choices reach 3, and evaluation takes model.top_k=4"
     assert not notes(load_config("tiny", [field.format(100) for field in (*grown, "optimizer.warmup_steps=1")]))
+
+
+def test_flops_of_every_part() -> None:
+    """A model with all kinds of branches and two next-token modules of two: three of attention, four of experts."""
+    config = tiny(
+        num_layers=1, blocks="ME*-E", mtp_modules=2, mtp_blocks="*E", structure="bigmac", num_kv_heads=2, gated=True,
+        activation="silu", expert_hidden_size=10, num_shared_experts=2, shared_expert_hidden_size=5, mamba_chunk=8,
+        dense_hidden_size=20, mamba_heads=4, mamba_head_dim=4, mamba_groups=2, mamba_state=6, latent_norm="gate",
+    )  # fmt: skip
+    tokens, entries = 8 * 8, {
+        "attention": 3 * (2 * 16 * 16 + 2 * 16 * 8) + 2 * 2 * 16 * 16,  # queries and outputs, keys and values; modules
+        "output": 3 * 16 * 264,
+        "router": 4 * 16 * 8,
+        "experts": 4 * 3 * 3 * 4 * 10,  # three matrices of three experts, on rows of four
+        "shared": 4 * 3 * 16 * 10,
+        "projections": 4 * (2 * 16 * 4 + 16 * 16),
+        "mlp": 3 * 16 * 20,
+        "mamba": 16 * (3 * 16 + 2 * 12 + 4),
+    }  # fmt: skip
+    # Products of activations with each other: of scores and values, and of a chunk with itself and with states.
+    between = {"attention": 3 * 2 * 8 * 16, "mamba": 8 * (12 + 16) + 2 * 6 * 16}
+    expected = {part: 6 * tokens * (count + between.get(part, 0)) for part, count in entries.items()}
+    assert flops(config) == expected
+    causal = flops(config, causal=True)
+    assert causal.pop("attention") == expected["attention"] - 6 * tokens * between["attention"] / 2
+    assert causal == {part: count for part, count in expected.items() if part != "attention"}
+    # A router that is not trained has no product for its gradient; beside adapters nothing has that is not adapted.
+    assert flops(dataclasses.replace(config, tuning=TuningConfig(train_router=False))) == expected | {
+        "router": 4 * tokens * entries["router"]
+    }
+    assert flops(tiny(router="frozen"))["router"] == 4 * tokens * 2 * 16 * 8
+
+
+def test_passes_and_loads_that_are_counted_first() -> None:
+    """A step's load is counted before the first of several parts, and DPO's reference beside adapters is a pass."""
+    whole, parts = TrainConfig(), TrainConfig(accumulate_steps=2)
+    dpo = TuningConfig(objective="dpo", lora_rank=2, lora_targets="attention")
+    for config, train, tuning, loads, to_logits in (
+        (tiny(), whole, TuningConfig(), False, 1),
+        (tiny(), parts, TuningConfig(), True, 1),
+        (tiny(balance_scope="part"), parts, TuningConfig(), False, 1),
+        (tiny(balance="bias"), parts, TuningConfig(), False, 1),
+        (tiny(structure="dense"), parts, TuningConfig(), False, 1),
+        (tiny(), parts, dpo, True, 2),
+        (tiny(), whole, dataclasses.replace(dpo, objective="sft"), False, 1),
+        (tiny(), whole, TuningConfig(objective="dpo"), False, 1),
+    ):
+        config = dataclasses.replace(config, train=dataclasses.replace(train, init_from="some"), tuning=tuning)
+        assert (counts_loads(config), passes_to_logits(config)) == (loads, to_logits)
+        assert forward_passes(config) == to_logits + loads
