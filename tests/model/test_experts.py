@@ -11,7 +11,7 @@ from jax import Array
 from bigmac_jax.model import experts, moe
 from bigmac_jax.model.kernels import grouped_matmul
 
-from .tools import PAPER, assert_close, loss_and_gradients, on_mesh, tiny
+from .tools import PAPER, abstract_layer, assert_close, loss_and_gradients, on_mesh, tiny
 
 N, E, R, F = 40, 4, 16, 24
 
@@ -193,3 +193,25 @@ def test_what_stands_beside_each_other(
 
 def _values(weights: dict[str, Any]) -> dict[str, Array]:
     return {name: weight.value for name, weight in weights.items()}
+
+
+@pytest.mark.parametrize(
+    ("dtype", "reduced", "fsdp", "remat", "gathered", "given"),
+    [
+        ("bfloat16", "float32", False, "none", "bfloat16", "float32"),
+        ("bfloat16", "float32", True, "layer", "bfloat16", "float32"),
+        ("bfloat16", "float32", True, "none", "bfloat16", "bfloat16"),  # the backward pass would keep the cast copy
+        ("bfloat16", "bfloat16", False, "none", "bfloat16", "bfloat16"),
+        ("float32", "bfloat16", False, "none", "float32", "float32"),
+        ("float32", "float32", False, "layer", "float32", "float32"),
+    ],
+)
+def test_kernels_are_given_the_dtype_that_gradients_are_summed_in(
+    dtype: str, reduced: str, fsdp: bool, remat: str, gathered: str, given: str
+) -> None:
+    config = tiny((1, 1, 1, 1, fsdp), dtype=dtype, reduce_dtype=reduced, remat=remat, use_bias=True)
+    with on_mesh(config):
+        weights = abstract_layer(config).experts.weights(config)
+    assert weights.keys() == {"w_in_eRF", "w_out_eFR", "b_in_eF", "b_out_eR"}
+    assert {w.crossing.compute for w in weights.values()} == {given}
+    assert {w.crossing.gather for w in weights.values()} == {gathered}

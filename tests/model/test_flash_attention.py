@@ -156,7 +156,13 @@ def test_what_is_chosen() -> None:
         ("tpu", "float32", 64, 128, False): "splash",
         ("tpu", "bfloat16", 128, 127, True): "xla",  # a block would be mostly padding
         ("tpu", "bfloat16", 512, 4096, False): "xla",
+        ("tpu", "bfloat16", 256, 4096, False): "splash",
+        ("tpu", "bfloat16", 257, 4096, False): "xla",
         ("gpu", "bfloat16", 128, 4096, False): "cudnn",
+        ("gpu", "bfloat16", 136, 4096, False): "triton",
+        ("gpu", "float32", 16, 4096, True): "triton",
+        ("gpu", "float32", 15, 4096, True): "xla",
+        ("gpu", "float32", 257, 4096, True): "xla",
         ("gpu", "bfloat16", 128, 4096, True): "triton",
         ("gpu", "bfloat16", 100, 4096, False): "triton",
         ("gpu", "bfloat16", 256, 4096, False): "triton",
@@ -208,6 +214,9 @@ def test_a_long_causal_mask_is_not_made() -> None:
     block = [slice(n * 1024, (n + 1) * 1024) for n in range(3)]
     assert mask[block[1], block[1]].tolist() == np.tri(1024, dtype=bool).tolist()
     assert mask[block[2], block[1]].tolist() == [[True]] and mask[block[1], block[2]].tolist() == [[False]]
+    # Two queries, and keys up to the first of them, to the second, from it on, and behind it.
+    of_keys = [mask[slice(10, 12), slice(first, first + 2)].tolist() for first in (9, 10, 11, 12)]
+    assert of_keys == [[[True]], [[True, False], [True, True]], [[False, False], [True, False]], [[False]]]
 
 
 @pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated")

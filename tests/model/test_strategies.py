@@ -166,6 +166,7 @@ COSTS = [
     ("all_to_all", 1.5, math.inf, (72, 96), (48, 64), (0, 0), (0, 0), 2),  # 12 rows an expert
     ("all_to_all", math.inf, math.inf, (384, 512), (48, 64), (24, 32), (0, 0), 3),
     ("all_to_all", math.inf, 8.0, (384, 512), (48, 64), (24, 32), (0, 0), 3),  # room for all: nobody asks
+    ("all_to_all", math.inf, 4.0, (192, 256), (48, 64), (24, 32), (0, 0), 4),  # two rounds at most
     ("all_to_all", math.inf, 2.0, (96, 128), (48, 64), (24, 32), (0, 0), 4),
     ("ragged", math.inf, math.inf, (48, 64), (48, 64), (192, 256), (0, 0), 3),
     ("gather", math.inf, math.inf, (192, 256), (46.4, 4 * 64 * 29 / 120), (3072, 4096), (1536, 2048), 4),
