@@ -22,7 +22,7 @@ from bigmac_jax.config import Config, TrainConfig
 from bigmac_jax.model.exchange import STRATEGIES, Hierarchical
 from bigmac_jax.model.exchange.costs import cost, wire_bytes
 from bigmac_jax.model.mesh import ExpertGroup, current_group, make_mesh
-from bigmac_jax.model.traffic import computed_rows, exchange_traffic, exchanged_bytes, received_rows
+from bigmac_jax.model.traffic import computed_rows, exchange_traffic, exchanged_bytes, received_rows, tensor_bytes
 from bigmac_jax.training.programs import step_program
 from bigmac_jax.training.step import make_trainer
 
@@ -224,3 +224,30 @@ def test_bytes_of_exchanges_that_are_kept_and_made_again(
         assert traffic.payload == pytest.approx([n / 20 * expected for n in traffic.padded])
         beside = 20 * (10 * (1 + again) + 8) if exchange == "dedup" else 0  # experts, and gates with a gradient
         assert traffic.metadata == tuple(layers * 8 * n * beside for n in (3, 4))
+
+
+@pytest.mark.parametrize(
+    ("structure", "remat", "again", "repeated"),
+    [
+        ("bigmac", "none", 0, 0),
+        ("bigmac", "exchange", 1, 1),
+        ("bigmac", "layer", 1, 2),  # the sums that an exchange brings back are needed again, too
+        ("fine_grained", "layer", 1, 1),
+    ],
+)
+def test_bytes_over_tensor_by_hand(structure: str, remat: str, again: int, repeated: int) -> None:
+    """Four tensor ranks of four groups have 64 tokens each, in two parts: two branches of attention and one of Mamba,
+    a dense MLP and two of experts, next-token modules included, in two forward passes."""
+    c, group = of_traffic("dedup", (1, 1, 4, 4, False, True), structure=structure, capacity_factor=1.25, remat=remat,
+                          num_layers=1, blocks="*-ME", mamba_heads=4, mamba_groups=4,
+                          mtp_modules=1, mtp_blocks="*E")  # fmt: skip
+    c = replace(c, train=TrainConfig(accumulate_steps=2), data=replace(c.data, batch_size=128))
+    sequences = 64 * 16 * (3 * (6 + 2 * again) + 6 + again)
+    # Of 32 tokens at a time 14.4 are expected on each of four ranks, and 18 have room.
+    rows = 2 * 2 * 4 * 18 * (4 if structure == "bigmac" else 16) * (6 + repeated)
+    tables, ids = 64 * 16 * 5 * 2, 4 * 64 * 3 * 2
+    sizes = {"expert": 4, "tensor": 4}
+    assert tensor_bytes(c, sizes, group) == pytest.approx(3 * (2 * (sequences + rows + tables) + ids))
+    whole = replace(c, mesh=replace(c.mesh, split_experts=False))
+    assert tensor_bytes(whole, sizes, group) == pytest.approx(3 * (2 * (sequences + tables) + ids))
+    assert tensor_bytes(c, {"expert": 16}, group) == 0
