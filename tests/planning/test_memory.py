@@ -3,12 +3,14 @@
 import math
 import pathlib
 from dataclasses import replace
+from typing import Any
 
 import pytest
+from model.tools import tiny
 
 from bigmac_jax.config import Config, ExecutionConfig, load_config
 from bigmac_jax.model import counts
-from bigmac_jax.model.memory import describe_copies, rank_memory
+from bigmac_jax.model.memory import describe_copies, host_memory, rank_memory
 from bigmac_jax.model.mesh import ExpertGroup, axis_sizes
 from bigmac_jax.planning.cluster import mesh_group
 from bigmac_jax.planning.hardware import load_hardware
@@ -52,6 +54,62 @@ def test_scores_are_kept_where_no_kernel_runs() -> None:
     assert more == pytest.approx(24 * tokens * 2 * 16 * length * 2, rel=1e-6)
     half = replace(auto, data=replace(auto.data, sequence_length=length // 2))
     assert memory(auto, 32)["activations"] == pytest.approx(2 * memory(half, 32)["activations"], rel=1e-3)
+
+
+HYBRID: dict[str, Any] = {
+    "structure": "dense", "blocks": "M*-", "mtp_modules": 2, "mtp_blocks": "*-", "num_kv_heads": 2, "gated": True,
+    "dense_hidden_size": 24, "expert_hidden_size": 24, "tie_embeddings": False,
+    "mamba_heads": 4, "mamba_head_dim": 4, "mamba_groups": 2, "mamba_state": 6, "mamba_chunk": 4,
+}  # fmt: skip
+# Numbers a token, of width 16 with the sequence split in two: M 2·16 + 16 + 4·16 + 4·12 + 2·16·6/4, * 2·16 + 2·(4 + 2)·4
+# + 16, - 16 + 3·24 + 16; a module has * and -, and what its norms and its projection are given.
+LAYER, MODULE = 208 + 96 + 104, 96 + 104 + 5 * 16
+# Beside tables 11,896 numbers in two layers and two modules; of scores 4 numbers of 4 heads for 16 tokens and 8.
+OF_LAYER, SCORES = 11_896 // 4, 4 * 4 * 16 * 8
+TABLE, LOGITS = 2640 * 16 // 2, 8 * 16 * 2640  # the loss' half of a table, and logits with their softmax
+
+
+@pytest.mark.parametrize(
+    ("fields", "fsdp", "activations", "temporaries"),
+    [
+        ({}, True, 4 * ((2 + 4) * 16 + 2 * LAYER + 2 * MODULE), 4 * 16 * LAYER + 8 * OF_LAYER + 4 * SCORES),
+        ({"remat": "layer", "reduce_dtype": "bfloat16"}, True, 4 * (6 * 16 + LAYER),
+         4 * 16 * LAYER + 6 * OF_LAYER + 4 * SCORES),
+        ({"remat": "offload"}, False, 4 * (4 * 16 + LAYER), 4 * 16 * LAYER + 4 * OF_LAYER + 4 * SCORES),
+        ({"vocab_size": 2640}, True, 4 * (6 * 16 + 2 * LAYER + 2 * MODULE), LOGITS + 8 * TABLE),
+        # What a layer keeps is not there yet.
+        ({"vocab_size": 2640, "remat": "layer"}, False, 4 * (6 * 16 + LAYER), LOGITS + 4 * TABLE - 4 * 16 * LAYER),
+    ],
+)  # fmt: skip
+def test_layers_and_modules_of_all_kinds(
+    fields: dict[str, Any], fsdp: bool, activations: int, temporaries: int
+) -> None:
+    """Counted by hand, of 16 tokens a rank; with remat=offload what enters layers and modules stands in host memory."""
+    config = tiny((2, 1, 1, 2, fsdp), **HYBRID | fields)
+    count = counts.parameters(config, {"data": 2, "tensor": 2})
+    found = rank_memory(config, 4, ExpertGroup((1, 1), "cpu", ""), count)
+    assert (found["activations"], found["temporaries"]) == (16 * activations, temporaries)
+    entered = 16 * 4 * (2 + 2) * 16 if fields.get("remat") == "offload" else 0
+    assert host_memory(config, 4, count, "cpu") == {"optimizer": 0, "activations": entered}
+    halves = replace(config, train=replace(config.train, accumulate_steps=2))
+    assert host_memory(halves, 4, count, "cpu")["activations"] == entered / 2
+
+
+@pytest.mark.parametrize(
+    ("ranks", "remat", "rows", "exchanged"), [(1, "none", 3, 0), (2, "none", 6, 0), (2, "exchange", 6, 2 * 16 * 6 * 4)]
+)
+def test_experts_split_over_tensor(ranks: int, remat: str, rows: int, exchanged: int) -> None:
+    """Counted by hand: alone a rank has a row of 4 numbers for each of three choices, with another one it has room for
+    all that both may send. What W↑ and W_g give is kept at full width, a shared expert's rows and the router's too."""
+    config = tiny((1, 1, ranks, 2, False, True), num_layers=1, latent_norm="gate", num_shared_experts=1, vocab_size=40,
+                  exchange="all_to_all", remat=remat)  # fmt: skip
+    count = counts.parameters(config, {"expert": ranks, "tensor": 2})
+    tokens = 32 // ranks
+    layer = (2 * 16 + 2 * 8 * 4 + 16) + (16 + 2 * 16 + 2 * 4 + 2 * 8 + 4 * rows * 4 + 2 * 3 * 16)
+    found = rank_memory(config, 2 * ranks, ExpertGroup((1, ranks), "cpu", ""), count)
+    assert found["activations"] == 4 * (tokens * (16 + layer) + exchanged)
+    experts, shared = 8 * 4 * 16 * 2, 1024 + 2 * 16 * 4 + 16 * 16 + 128 + 128 + 61
+    assert found["temporaries"] == 4 * (tokens * layer + experts // (2 * ranks) + shared + 4 * 4 * tokens * 8)
 
 
 def test_the_worse_of_two_moments() -> None:
