@@ -92,7 +92,7 @@ def check_links(sizes: Mapping[str, int], size: int, platform: str) -> None:
         raise ConfigError(
             f"{rule}, or rows would cross {near}s; use {fix}, and mesh.node={expert // fits} if they are to"
         )
-    if replicas > 1 and replica % size and size % replica:
+    if replicas > 1 and replicas * replica > size and replica % size and size % replica:
         raise ConfigError(
             f"mesh.replica={replicas} makes replicas of {replica} devices, which must be a multiple of the {size} of a "
             f"{near}, or divide them; use mesh.replica={near_divisors(replicas * replica // size, replicas)}"

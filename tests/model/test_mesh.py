@@ -2,17 +2,32 @@
 
 import dataclasses
 import itertools
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
 
 from bigmac_jax.config import Config, ConfigError, DataConfig, ExecutionConfig, MeshConfig, ModelConfig, TrainConfig
-from bigmac_jax.model.mesh import make_mesh, slices
+from bigmac_jax.model.mesh import (
+    AXES,
+    HOST,
+    axis_sizes,
+    check_host_memory,
+    check_links,
+    make_mesh,
+    per_replica,
+    place,
+    replicas,
+    slices,
+    tensor_ranks,
+)
 
 
 def config(
@@ -192,3 +207,109 @@ def test_chips_stand_along_the_first_axis_first() -> None:
     assert [(chip.slice_index, *chip.coords[::-1]) for chip in made] == [
         (s, z, y, x) for s, z, y, x in itertools.product(range(2), range(2), range(4), range(4))
     ]
+
+
+@pytest.mark.parametrize(
+    ("platform", "sizes", "size", "refused"),
+    [
+        # Nodes cross hosts, and what is inside a node must not.
+        ("gpu", (1, 1, 2, 8, 1), 8, ""),
+        ("gpu", (1, 1, 2, 2, 2), 8, ""),
+        ("gpu", (1, 1, 2, 4, 3), 8, "4 × 3 must divide the 8 devices .* mesh.node=2 .*expert=4, mesh.tensor=1"),
+        ("gpu", (1, 1, 2, 8, 2), 8, "8 × 2 must divide the 8 devices of a host, .* use mesh.expert=4, mesh.tensor=2"),
+        ("gpu", (1, 1, 1, 16, 1), 8, ""),
+        # A TPU's rows do not cross slices unless mesh.node asks for it.
+        ("tpu", (1, 2, 1, 8, 1), 8, ""),
+        ("tpu", (1, 1, 1, 8, 2), 8, "rows would cross slices; use mesh.expert=4, mesh.tensor=2, and mesh.node=2 if"),
+        ("tpu", (1, 1, 1, 6, 2), 8, "rows would cross slices; use mesh.expert=2, mesh.tensor=2, and mesh.node=3 if"),
+        # Replicas are several slices, one, or a part of one; one alone is whatever it is.
+        ("tpu", (2, 2, 1, 8, 1), 8, ""),
+        ("tpu", (2, 1, 1, 8, 1), 8, ""),
+        ("tpu", (4, 1, 1, 4, 1), 8, ""),
+        ("tpu", (1, 3, 1, 4, 1), 8, ""),
+        ("tpu", (2, 3, 1, 4, 1), 8, "mesh.replica=2 makes replicas of 12 .* the 8 of a slice, .* mesh.replica=1 or 3"),
+        ("gpu", (3, 6, 1, 1, 1), 4, "mesh.replica=3 makes replicas of 6 .* 4 of a host, .* use mesh.replica=2 or 4"),
+        ("gpu", (3, 3, 1, 1, 1), 8, "mesh.replica=3 makes replicas of 3 .* the 8 of a host, .* use mesh.replica=1$"),
+        ("gpu", (2, 3, 1, 1, 1), 8, ""),  # all on the first host
+    ],
+)  # fmt: skip
+def test_what_may_cross_hosts_and_slices(platform: str, sizes: tuple[int, ...], size: int, refused: str) -> None:
+    given = dict(zip(AXES, sizes, strict=True))
+    if refused:
+        with pytest.raises(ConfigError, match=re.sub(r"mesh\.", r"mesh\\.", refused)):
+            check_links(given, size, platform)
+    else:
+        check_links(given, size, platform)
+
+
+def test_gpus_without_slices_are_near_on_their_host() -> None:
+    """Where a process has several GPUs, these are a host, and the order is by process; where each has a process of its
+    own, nobody knows of hosts, and nothing is refused. One host alone has no links to others."""
+    near = [Device(i, i // 4, "gpu", None) for i in range(8)]
+    made = make_mesh(config(1, 2, 4), devices=[near[i] for i in (5, 0, 7, 2, 4, 1, 6, 3)]).devices
+    assert [[d.process_index for d in node.flat] for node in made[0, 0]] == [[0] * 4, [1] * 4]
+    with pytest.raises(ConfigError, match=r"= 3 × 1 must divide the 4 devices of a host"):
+        make_mesh(config(1, 2, 3, batch=18), devices=near)
+    for hosts in (range(8), [0] * 8):
+        alone = [Device(i, host, "gpu", None) for i, host in enumerate(hosts)]
+        made = make_mesh(config(1, 2, 3, batch=18), devices=alone[::-1])
+        assert made.devices.shape == (1, 1, 2, 3, 1) and slices(made) == 1
+    unequal = [Device(i, 0, "gpu", int(i > 4)) for i in range(8)]  # of 5 and 3: what divides both is near
+    with pytest.raises(ConfigError, match=r"= 2 × 1 must divide the 1 devices of a host"):
+        make_mesh(config(1, 2, 2), devices=unequal)
+
+
+def test_gpus_of_several_hosts_are_no_slices() -> None:
+    assert slices(make_mesh(config(1, 2, 8), devices=shuffled(2, 8))) == 1
+
+
+def test_the_largest_mesh_and_one_that_leaves_devices() -> None:
+    """With mesh.data=0 all devices, else at most those; that they divide the batch is for training alone."""
+    given = config(0, 2, 2, batch=12)
+    assert axis_sizes(given, 8, fit_batch=False) == {"replica": 1, "data": 2, "node": 2, "expert": 2, "tensor": 1}
+    assert make_mesh(given, fit_batch=False).devices.shape == (1, 2, 2, 2, 1)
+    assert axis_sizes(config(3, 1, 2, batch=18), 6)["data"] == 3
+    assert make_mesh(config(3, 1, 2, batch=18)).devices.shape == (1, 3, 1, 2, 1)
+    with pytest.raises(ConfigError, match=r"3 × 1 × 2 = 6 ranks must be at most the 5 devices"):
+        axis_sizes(config(3, 1, 2, batch=18), 5)
+
+
+def test_replicas_without_a_mesh_and_on_one() -> None:
+    """One, which has all; of two each has its half of the batch, split over the other axes of it."""
+    v = np.arange(24.0, dtype=np.float32).reshape(8, 3)
+    assert (replicas(), tensor_ranks()) == (1, 1) and per_replica(jnp.asarray(v)).shape == (1, 8, 3)
+    made = make_mesh(dataclasses.replace(config(2, 1, 1, 2), mesh=MeshConfig(2, 1, 1, 2, replica=2)))
+    with jax.set_mesh(made):
+        split = per_replica(place(v, P(("replica", "data"), None)))
+        assert (replicas(), tensor_ranks()) == (2, 2)
+        np.testing.assert_array_equal(split, v.reshape(2, 4, 3))
+        assert jax.typeof(split).sharding.spec == P("replica", ("data",), None)
+
+
+@dataclass(frozen=True)
+class Memory:
+    kind: str
+
+
+@dataclass(frozen=True)
+class Remembering(Device):
+    kinds: tuple[str, ...] | None = ()
+    device_kind: str = "Abacus"
+
+    def addressable_memories(self) -> list[Memory]:
+        if self.kinds is None:
+            raise jax.errors.JaxRuntimeError("of a chip that is only compiled for")
+        return [Memory(kind) for kind in self.kinds]
+
+
+@pytest.mark.parametrize(
+    ("kinds", "told"), [(("device", HOST), ""), ((HOST,), ""), (None, ""), ((), ""), (("device", "far"), "device, far")]
+)
+def test_host_memory_that_a_device_does_not_reach(kinds: tuple[str, ...] | None, told: str) -> None:
+    made = make_mesh(config(1, 1, 1), devices=[Remembering(0, 0, kinds=kinds)])  # type: ignore[list-item]
+    if not told:
+        check_host_memory(made, "offload=True", "offload=False")
+    else:
+        with pytest.raises(ConfigError) as error:
+            check_host_memory(made, "offload=True", "offload=False")
+        assert str(error.value) == f"offload=True needs {HOST} memory, and Abacus has {told} alone; use offload=False"

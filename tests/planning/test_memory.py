@@ -61,8 +61,8 @@ HYBRID: dict[str, Any] = {
     "dense_hidden_size": 24, "expert_hidden_size": 24, "tie_embeddings": False,
     "mamba_heads": 4, "mamba_head_dim": 4, "mamba_groups": 2, "mamba_state": 6, "mamba_chunk": 4,
 }  # fmt: skip
-# Numbers a token, of width 16 with the sequence split in two: M 2·16 + 16 + 4·16 + 4·12 + 2·16·6/4, * 2·16 + 2·(4 + 2)·4
-# + 16, - 16 + 3·24 + 16; a module has * and -, and what its norms and its projection are given.
+# Numbers a token, of width 16 with the sequence split in two: M 2·16 + 16 + 4·16 + 4·12 + 2·16·6/4,
+# * 2·16 + 2·(4 + 2)·4 + 16, - 16 + 3·24 + 16; a module has * and -, and what its norms and its projection are given.
 LAYER, MODULE = 208 + 96 + 104, 96 + 104 + 5 * 16
 # Beside tables 11,896 numbers in two layers and two modules; of scores 4 numbers of 4 heads for 16 tokens and 8.
 OF_LAYER, SCORES = 11_896 // 4, 4 * 4 * 16 * 8
