@@ -1,15 +1,22 @@
 """What every kind of parameter is declared as, against tables that were worked out by hand: shardings, the optimizer
 and dtypes ask it, and a wrong answer of a small parameter shows in no loss."""
 
+import dataclasses
 import fnmatch
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 from flax import nnx
+from jax.sharding import PartitionSpec as P
 
-from bigmac_jax.model.mesh import names
-from bigmac_jax.model.parameters import Declaration, declared, leaf_name
+from bigmac_jax.config import ExecutionConfig
+from bigmac_jax.model.attention import Attention
+from bigmac_jax.model.gathering import Crossing, InStack
+from bigmac_jax.model.mesh import AXES, names
+from bigmac_jax.model.parameters import Adapted, Declaration, declared, leaf_name, shard_spec, state_spec, weight
 
 from .tools import abstract_model, on_mesh, tiny
 
@@ -136,3 +143,89 @@ def test_every_parameter_is_declared_as_the_table_has_it(name: str) -> None:
             assert f"{leaf} {say(declared(variable))}" == f"{leaf} {rules.get(rule)}"
             left.discard(rule)
     assert left <= {"*.experts.w_gate_eRF"}  # of EXPERTS, which a model without gates shares
+
+
+MATRIX = Declaration("eRF", "experts", 1.0, axes=("expert", None, "tensor"), shape=(8, 5, 12))
+VECTOR = Declaration("D", "norms", 1.0, small=True, exact=True, decays=False, shape=(16,))
+HALF = ExecutionConfig(dtype="bfloat16", reduce_dtype="bfloat16")
+
+
+def test_ranks_gather_in_the_narrower_dtype_and_what_is_exact_in_float32() -> None:
+    """Gradients are summed as execution.reduce_dtype says, but for those of small exact parameters."""
+    exact, whole, gather = dataclasses.replace(MATRIX, exact=True), ExecutionConfig(), ExecutionConfig
+    for of, execution, expected in (
+        (MATRIX, whole, ("float32", "float32", "float32")),
+        (MATRIX, HALF, ("bfloat16", "bfloat16", "bfloat16")),
+        (MATRIX, gather(dtype="bfloat16", gather_dtype="float32"), ("bfloat16", "bfloat16", "float32")),
+        (MATRIX, gather(gather_dtype="bfloat16"), ("float32", "bfloat16", "float32")),
+        (exact, HALF, ("float32", "float32", "bfloat16")),
+        (VECTOR, HALF, ("float32", "float32", "float32")),
+        (dataclasses.replace(VECTOR, exact=False), HALF, ("bfloat16", "bfloat16", "bfloat16")),
+    ):
+        assert of.crossing(execution) == Crossing(*expected), (of, execution)
+
+
+def test_shapes_and_what_is_updated_in_host_memory() -> None:
+    """A stack's shape has layers before the declared one, and some experts are fewer; TPUs update matrices of whole
+    lanes."""
+    assert MATRIX.unpadded((2, 8, 6, 12)) == (2, 8, 5, 12) and MATRIX.unpadded((3, 3, 5, 16)) == (3, 3, 5, 12)
+    assert dataclasses.replace(MATRIX, shape=()).unpadded((3, 6, 16)) == (3, 6, 16)
+    sliced = [(of.dims, n) for of in (MATRIX, VECTOR) for n in (64, 128, 192, 256) if of.sliced_in_host_memory(n)]
+    assert sliced == [("eRF", 128), ("eRF", 256)]
+
+
+def test_where_gradients_and_moments_of_replicas_stand() -> None:
+    """Gradients are split as far as ranks of a replica can, once parameters are not; moments over replicas, if they are
+    to be. What is small stays whole, and an array with fewer entries than dimensions has whole ones behind."""
+    sizes = dict.fromkeys(AXES, 2)
+    given, small = P(None, "expert", None, "tensor"), dataclasses.replace(MATRIX, small=True)
+    assert shard_spec(MATRIX, (4, 8, 8, 12), given, False, sizes) == P(("data", "node"), "expert", None, "tensor")
+    for of, fsdp in ((MATRIX, True), (small, False)):
+        assert shard_spec(of, (4, 8, 8, 12), given, fsdp, sizes) == given
+    for of, sharded, expected in (
+        (MATRIX, True, P("replica", "expert", None, "tensor")),
+        (MATRIX, False, given),
+        (small, True, given),
+    ):
+        assert state_spec(of, (4, 8, 8, 12), given, sharded, sizes, by_layers=False) == expected
+    few = Declaration("VD", "embedding", 1.0, axes=("tensor",))
+    assert few.spec((8, 6), False, sizes) == P("tensor", None)
+    assert few.spec((8, 6), True, sizes) == P(("tensor", "data", "node"), "expert")
+    assert dataclasses.replace(few, small=True).spec((8, 6), True, sizes) == P("tensor", None)
+
+
+def test_weights_are_what_their_declarations_say() -> None:
+    """A layer's matrix in a stack of the dtype that is gathered is left there, and else taken out of it. Each replica's
+    own stand along a dimension before the others."""
+    config, stack = dataclasses.replace(tiny(), execution=HALF), jnp.arange(720.0).reshape(3, 2, 5, 24)
+    of = dataclasses.replace(MATRIX, axes=("expert",), shape=(2, 5, 12))
+    for dtype in (jnp.bfloat16, jnp.float32):
+        found = weight(config, nnx.Param(InStack(stack.astype(dtype), jnp.int32(1)), declaration=of))
+        left = dtype == jnp.bfloat16
+        assert (found.layer is not None, found.split, found.shape) == (left, ("expert",), (2, 5, 12))
+        assert found.crossing == Crossing(*["bfloat16"] * 3)
+        np.testing.assert_array_equal(found.value, stack.astype(dtype)[slice(None) if left else 1])
+    for value, compute, split in ((stack[0], "", ("expert",)), (stack, "float32", ("expert", "replica"))):
+        found = weight(config, nnx.Param(value, declaration=of), compute)
+        assert found.split == split and found.value is value and found.layer is None
+        assert found.crossing == Crossing(compute or "bfloat16", "bfloat16", "bfloat16")
+
+
+def test_adapters_of_each_replica_are_added_to_the_one_matrix() -> None:
+    rng = np.random.default_rng(0)
+    w, a, b = (rng.standard_normal(shape) for shape in ((4, 3), (2, 4, 5), (2, 5, 3)))
+    pair = Adapted(*map(jnp.asarray, (w, a, b)))
+    np.testing.assert_allclose(pair.sum(exact=True), w + a @ b, atol=1e-5)
+
+
+@pytest.mark.parametrize(("tensor", "split"), [(1, True), (2, True), (4, False)])
+def test_key_value_heads_that_are_fewer_than_ranks_are_whole(tensor: int, split: bool) -> None:
+    """As many heads as ranks are one each; of two that four ranks ask, each rank takes one out of the whole matrix."""
+    config = tiny((1, 1, 1, tensor), num_kv_heads=2, use_bias=True, norm="layernorm")
+    with on_mesh(config):
+        layer = jax.eval_shape(lambda: Attention(config, jax.random.key(0)))
+    for linear in (layer.key, layer.value):
+        assert (linear.heads == 0) == split
+        assert (declared(linear.w_DF).axes[1] == "tensor") == (declared(linear.b_F).axes[0] == "tensor") == split
+    assert declared(layer.query.w_DF).axes[1] == "tensor" and not layer.query.heads
+    assert layer.query_norm.bias_D is layer.key_norm.bias_D is None  # RMSNorm, whatever the model's norm is

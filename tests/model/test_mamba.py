@@ -14,7 +14,7 @@ from bigmac_jax.model.attention import Documents, find_documents
 from bigmac_jax.model.gathering import on_each_rank
 from bigmac_jax.model.mamba import Mamba, Past, Projected, mix, token_products
 from bigmac_jax.model.mesh import BATCH, TENSOR, batch_spec, make_mesh, placed, split_spec
-from bigmac_jax.model.state_space import Steps, scan_states
+from bigmac_jax.model.state_space import Steps, gated_norm, scan_states, time_step
 from bigmac_jax.planning import hlo
 from bigmac_jax.planning.hlo_flops import matmul_flops
 
@@ -367,7 +367,32 @@ def test_what_it_starts_as() -> None:
     assert (values["conv_inner_bias_F"] == 0).all() and (values["time.b_F"] == 0).all()
     for name in ("conv_inner_KF", "conv_b_KF", "conv_c_KF"):
         assert 0.4 < np.abs(values[name]).max() <= 0.5, name
-    assert not np.array_equal(values["conv_b_KF"], values["conv_c_KF"])
+        assert values[name].min() < -0.4 and abs(values[name].mean()) < 0.1, name
+    # No two are of one key: its numbers stand in one order, whatever they are drawn as.
+    drawn = [value for value in values.values() if value.std()]
+    assert len(drawn) == len({tuple(np.argsort(value.ravel()[:8])) for value in drawn}) == 11
+
+
+def test_the_gated_norm_and_its_least_denominator() -> None:
+    """Against NumPy, of two groups; eps stands beside the mean square, which it is as large as here."""
+    rng = np.random.default_rng(0)
+    y, x, gate = rng.standard_normal((3, 2, 3, 8)).astype(np.float32)
+    skip, scale = rng.standard_normal(4).astype(np.float32), rng.standard_normal((2, 4)).astype(np.float32)
+    gated = ((y + np.repeat(skip, 2) * x) * silu(gate)).reshape(2, 3, 2, 4)
+    normed = gated / np.sqrt(np.square(gated).mean(-1, keepdims=True) + 0.5) * scale
+    found = gated_norm(0.5, *map(jnp.asarray, (y, x, gate, skip, scale)))
+    np.testing.assert_allclose(found, normed.reshape(y.shape), rtol=1e-5, atol=1e-6)
+
+
+def test_steps_of_time_are_held_and_end_with_a_row() -> None:
+    """softplus(time + bias) between a least and a most step, exactly 0 behind a row's tokens."""
+    time = np.array([[[-9.0, 0.0], [0.5, 9.0], [1.0, -9.0]]] * 4, np.float32)
+    bias, counts = np.array([0.25, -0.25], np.float32), np.array([0, 1, 2, 3], np.int32)
+    held = np.clip(np.logaddexp(0, time + bias), 0.1, 2.0)
+    given = jnp.asarray(time), jnp.asarray(bias), 0.1, 2.0
+    np.testing.assert_allclose(time_step(*given, None), held, rtol=1e-6)
+    kept = held * (np.arange(3) < counts[:, None])[..., None]
+    np.testing.assert_allclose(time_step(*given, jnp.asarray(counts)), kept, rtol=1e-6)
 
 
 @pytest.mark.full

@@ -241,6 +241,14 @@ def test_initial_std_of_every_parameter() -> None:
     assert not expected
 
 
+def test_every_parameter_is_drawn_by_itself() -> None:
+    """Numbers of one key stand in one order, whatever shape and deviation they get."""
+    drawn = {name: value for name, value in initial((1, 1, 1), **EVERYTHING).items() if value.std()}
+    rows = [(name, row) for name, value in drawn.items() for row in (value if "layers." in name else [value])]
+    orders = {tuple(np.argsort(row.ravel()[:16])) for _, row in rows}
+    assert len(rows) == 13 * 8 + 3 and len(orders) == len(rows)
+
+
 def test_projections_that_start_as_a_selection() -> None:
     """W↓ keeps R of h coordinates as they are, W↑ writes to R of h, each layer to its own; as large as random ones."""
     model = EVERYTHING | {"projection_init": "selection"}

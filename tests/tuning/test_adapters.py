@@ -145,6 +145,28 @@ def test_what_is_adapted() -> None:
         adapted(with_adapters(targets="mlp"), params)
 
 
+def test_what_adapters_begin_as() -> None:
+    """b is zero, and a has the variance 1 / 3X of its matrix [X, Y]; each is drawn by itself, and each expert's too."""
+    base = with_adapters(targets="experts,router,projections")
+    config = dataclasses.replace(base, tuning=dataclasses.replace(base.tuning, lora_rank=4))
+    with on_mesh(config):
+        params = jax.eval_shape(lambda: split_model(random_model(config))[1])
+        made = nnx.to_flat_state(make_adapters(config, params, jax.random.key(0)))
+    of_a = {path[:-1]: (declared(pair), np.asarray(pair.get_value())) for path, pair in made if path[-1] == "a"}
+    assert len({tuple(np.argsort(a.ravel()[:16])) for _, a in of_a.values()}) == len(of_a) == 6
+    assert all((np.asarray(pair.get_value()) == 0).all() for path, pair in made if path[-1] == "b")
+    for of, a in of_a.values():
+        deviation = 1 / np.sqrt(3 * a.shape[-2])
+        assert of.value == pytest.approx(deviation) and a.std() == pytest.approx(deviation, rel=0.3)
+        assert of.dims[-1] == "r" and of.shape[-1] == 4 and not of.constant
+    for path, pair in made:
+        of, (kind, matrix) = declared(pair), (path[-1], declared(dict(nnx.to_flat_state(params))[path[:-1]]))
+        assert (of.part, of.exact, of.constant) == (matrix.part, matrix.exact, kind == "b")
+        assert of.dims == (matrix.dims[:-1] + "r" if kind == "a" else matrix.dims[:-2] + "r" + matrix.dims[-1])
+    (experts,) = (a for path, (_, a) in of_a.items() if path[-1] == "w_in_eRF")
+    assert len({expert.tobytes() for expert in experts[0]}) == 8
+
+
 def test_biases_are_never_adapted(tmp_path: pathlib.Path) -> None:
     """Experts' biases have two dimensions, as matrices do; PEFT, too, gets the matrices' adapters alone."""
     config = with_adapters(targets="attention,experts", use_bias=True)
@@ -181,7 +203,7 @@ def test_merged_is_adapted(name: str) -> None:
 
 def test_the_model_that_is_evaluated() -> None:
     """Of the average of the parameters where there is one, with adapters merged where there are some: W + s A B."""
-    config, scale = with_adapters(targets="attention", lora_dropout=0.5), 3.0 / 2
+    config, scale = with_adapters(targets="attention", lora_dropout=0.75), 3.0 / 2
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, balance="bias", balance_bias_rate=0.0))
     with on_mesh(config):
         graphdef, params, rest = split_model(random_model(config))
@@ -209,7 +231,9 @@ def test_the_model_that_is_evaluated() -> None:
         for name, value in leaves(attached(config, params, adapters)).items():
             ratio = kept[name] / value if name.endswith("a") else np.ones(1)
             assert (ratio == ratio[..., :1]).all() and (name.endswith("a") or (kept[name] == value).all())
-            assert set(np.unique(ratio)) == ({0, 2} if name.endswith("a") else {1})
+            assert set(np.unique(ratio)) == ({0, 4} if name.endswith("a") else {1})
+        masks = [kept[name] == 0 for name in kept if name.endswith(".a") and len(kept[name][0]) == 16]
+        assert 0.6 < np.mean(masks) < 0.9 and len({mask.tobytes() for mask in masks}) == len(masks) == 4
 
 
 @pytest.mark.full
