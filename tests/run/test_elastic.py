@@ -85,6 +85,8 @@ def test_what_changes_nothing() -> None:
     # All devices that the other axes leave: as many as the run had.
     free = config(MeshConfig(replica=4, expert=2), 64, 2)
     assert fit_replicas(free, free, ON, 8)[0].mesh == MeshConfig(replica=2, data=2, expert=2)
+    without = {axis: ranks for axis, ranks in ON.items() if axis != "data"}  # a run.json that does not say
+    assert fit_replicas(free, free, without, 4) == (free, "")
 
 
 def test_replicas_that_do_not_divide_the_batch() -> None:

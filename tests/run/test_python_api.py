@@ -12,6 +12,7 @@ import bigmac_jax
 from bigmac_jax.config import ConfigError
 from bigmac_jax.planning.place import Request
 from bigmac_jax.planning.planner import make_plan
+from bigmac_jax.run import loop
 
 
 @pytest.mark.full
@@ -67,3 +68,43 @@ def test_a_plan_is_that_of_the_command() -> None:
     assert asked == make_plan(config, Request(topology="h100:1x8")) and asked["fits"]
     with pytest.raises(ConfigError, match=r"plan\(topologie=…\) is not known; use devices, topology"):
         bigmac_jax.plan(config, topologie="h100:1x8")
+
+
+def test_rows_are_in_order_and_of_what_was_logged(tmp_path: pathlib.Path) -> None:
+    """An evaluation or a task alone is a row, arrays are NaN where there are none, and integers stay integers."""
+    load = [[1.5, 0.5], [1.25, 0.75]]
+    records = [
+        {"step": 4, "eval/loss": 3.0},
+        {"step": 6, "tasks/copa/accuracy": 0.5, "tasks/copa/rows": 9},
+        {"step": 2, "loss": 5.0, "tokens": 64, "moe/load": load},
+        {"step": 4, "loss": 4.0, "tokens": 128, "eval/loss": 3.5},
+        {"step": 3, "mtp/loss": 1.0, "event": "rewind"},
+    ]
+    text = "".join(json.dumps(record, allow_nan=False) + "\n" for record in records)
+    (tmp_path / "metrics.jsonl").write_text(text)
+    columns = bigmac_jax.metrics(tmp_path)
+    assert columns["step"].tolist() == [2, 4, 6] and columns["step"].dtype.kind == "i"
+    assert columns["tokens"].dtype == columns["loss"].dtype == float
+    np.testing.assert_array_equal(columns["tokens"], [64, 128, np.nan])
+    np.testing.assert_array_equal(columns["eval/loss"], [np.nan, 3.5, np.nan])  # what came last
+    np.testing.assert_array_equal(columns["tasks/copa/rows"], [np.nan, np.nan, 9])
+    np.testing.assert_array_equal(columns["moe/load"], [load, np.full((2, 2), np.nan), np.full((2, 2), np.nan)])
+    assert "mtp/loss" not in columns and "event" not in columns
+
+
+def test_a_run_in_a_notebook_is_on_the_mesh_of_its_config(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The loop is given the config and the folder; the mesh is there for the run alone."""
+    config, before = small(tmp_path, "mesh.data=2", "mesh.expert=2", "optimizer.momentum=0.5"), jax.sharding.get_mesh()
+    given: list[object] = []
+
+    def run(*of: object) -> str:
+        given.extend([*of, dict(jax.sharding.get_mesh().shape)])
+        return "a result"
+
+    monkeypatch.setattr(loop, "train", run)
+    assert bigmac_jax.train(config, str(tmp_path / "run")) == "a result"
+    assert given[:2] == [config, tmp_path / "run"] and jax.sharding.get_mesh() == before
+    assert given[2] == {"replica": 1, "data": 2, "node": 1, "expert": 2, "tensor": 1}
+    assert ["optimizer.momentum" in record.getMessage() for record in caplog.records] == [True]
