@@ -42,6 +42,7 @@ def test_a_run_that_goes_on_dropping_says_so_a_few_times() -> None:
 def test_the_rate_is_of_a_hundred_steps() -> None:
     assert not said(FULL, [0.17] * 99)
     assert not said(FULL, [0.019] * 1000)
+    assert not said(FULL, [drop_notice.MOST] * 100) and list(said(FULL, [0.0201] * 100)) == [100]
     assert not said(FULL, [0.15] * 10 + [0.0] * 990)  # 1.5 % of the first hundred
     assert list(said(FULL, [0.0] * 500 + [0.03] * 100)) == [570]
     lines = said(FULL, [0.4] * 100 + [0.0] * 900)  # what was said of the first steps is not said of the last

@@ -118,6 +118,28 @@ def test_schedules(schedule: str, decay_steps: int, expected: dict[int, float]) 
     np.testing.assert_allclose(found, list(expected.values()), rtol=1e-6)
 
 
+@pytest.mark.parametrize(
+    ("schedule", "peak", "steps", "expected"),
+    [
+        ("linear", 8.0, 2, [8, 2, 2]),
+        ("cosine", 8.0, 2, [8, 2, 2]),
+        ("cosine", 0.0, 2, [0, 2, 2]),
+        ("wsd", 8.0, 2, [8, 2, 2]),
+        ("wsd", 8.0, 1, [8, 2, 2]),
+        ("wsd", 8.0, 4, [8, 8, 2]),  # a fifth of four steps is less than one
+        ("wsd", 8.0, 3, [8, 2, 2]),
+        ("constant", 8.0, 2, [8, 8, 8]),
+    ],
+)
+def test_a_run_that_is_about_as_long_as_its_warm_up(
+    schedule: Any, peak: float, steps: int, expected: list[float]
+) -> None:
+    """The rate then falls in one step; here are those behind 2, 3 and 4 steps."""
+    optimizer = OptimizerConfig(learning_rate=peak, final_learning_rate=2.0, warmup_steps=2, schedule=schedule)
+    rate = learning_rate(Config(optimizer=optimizer, train=TrainConfig(steps=steps)))
+    np.testing.assert_allclose([float(rate(step)) for step in (2, 3, 4)], expected, rtol=1e-6)
+
+
 @pytest.mark.parametrize(("schedule", "middle"), [("cosine", 1.0), ("linear", 1.0)])
 def test_a_schedule_from_nothing_rises(schedule: Any, middle: float) -> None:
     optimizer = OptimizerConfig(learning_rate=0.0, final_learning_rate=2.0, warmup_steps=2, schedule=schedule)

@@ -26,6 +26,7 @@ from bigmac_jax.model.parameters import Declaration, declared
 from bigmac_jax.run import loop, start
 from bigmac_jax.training import manifest, partial_checkpoint
 from bigmac_jax.training.checkpoint import Checkpoints
+from bigmac_jax.training.checkpoint_arrays import DamagedError
 from bigmac_jax.training.partial_checkpoint import (
     LEARNED,
     PARTS,
@@ -248,6 +249,47 @@ def test_only_who_loses_more_saves_more(newest: Turn, doubled: int, monkeypatch:
     _, position, line = join_saves(5, {4: WHOLE, 5: newest}, items, read, train)
     again = Learned.read(position[LEARNED], (2, 8), 5)
     assert (again.doubled, again.lost > 9, bool(line)) == (doubled, doubled == 2, doubled == 2)
+
+
+@pytest.mark.parametrize(
+    ("asked", "most", "doubled"),
+    [(2, 13 / 49, 1), (2, 0.265, 2), (0, 0.1, 1), (None, 0.0, 1)],
+    ids=["at the limit", "above it", "a run that saves all", "a reader"],
+)
+def test_what_a_restart_loses_is_a_line(
+    asked: int | None, most: float, doubled: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Half of a layer's eight experts are a step older: 4 choices are lost beside 9, of 13 + 4 · 4 + 4 · 5."""
+    monkeypatch.setattr(partial_checkpoint, "expert_shape", lambda params: (2, 8))
+    items: Any = {"model": {"params": {"scale": np.ones(3)}}}
+    train = None if asked is None else TrainConfig(experts_per_checkpoint=asked, most_lost_updates=most)
+
+    def read(step: int, wanted: Any) -> tuple[Any, Any]:
+        learned = Learned(np.full((2, 8), float(step)), lost=9.0, asked=2, doubled=1)
+        return items, {"batches": step, LEARNED: learned.to_json()}
+
+    saves = {2: WHOLE, 4: WHOLE, 5: Turn(6, 4, "both"), 6: WHOLE}
+    _, position, line = join_saves(5, saves, items, read, train)
+    found = Learned.read(position[LEARNED], (2, 8), 5)
+    assert position["batches"] == 5 and (found.lost, found.doubled) == (13.0, doubled)
+    assert found.updates_YE.tolist() == [[5, 5, 4, 4, 4, 4, 5, 5], [5, 5, 5, 4, 4, 4, 4, 5]]
+    said = "8 of 16 experts are of saves before step 5, the oldest of step 4 (train.experts_per_checkpoint); 26.53% of "
+    more = ", above train.most_lost_updates: from here on a save holds twice as many, or all"
+    assert line == f"{said}the experts' updates so far are lost{more if doubled == 2 else ''}"
+    with pytest.raises(DamagedError, match=r"holds expert 2 of layer 0 \(counted from 0\)"):
+        join_saves(5, {5: Turn(6, 4, "both"), 6: WHOLE}, items, read, train)
+
+
+def test_as_many_as_there_are_is_a_whole_save() -> None:
+    learned = Learned.read(None, (2, 8), 4)
+    assert [learned.asked_for(asked).in_a_save for asked in (0, 1, 7, 8, 9)] == [0, 1, 7, 0, 0]
+    assert learned.asked_for(4)._replace(doubled=1).in_a_save == 0
+    config = Config()
+    counts = [next_turn(config, {3: Turn(1, 7), 2: WHOLE}, count, (2, 8)) for count in (7, 8, 9)]
+    assert [(turn.first, turn.count) for turn in counts] == [(0, 7), (0, 0), (0, 0)]
+    assert learned.lost_share == 0 and Learned(np.zeros((2, 8))).lost_share == 0
+    assert Learned(np.zeros((0, 0)), lost=3.0).lost_share == 0  # of a model without experts
+    assert Learned(np.full((2, 8), 0.25), lost=2.0).lost_share == 0.5
 
 
 class FaultError(Exception):
