@@ -19,14 +19,20 @@ from bigmac_jax.model.mesh import (
     AXES,
     HOST,
     axis_sizes,
+    batch_spec,
+    cache_spec,
     check_host_memory,
     check_links,
     make_mesh,
     per_replica,
     place,
+    rank_spec,
     replicas,
+    replicated_spec,
     slices,
+    split_spec,
     tensor_ranks,
+    token_spec,
 )
 
 
@@ -272,6 +278,18 @@ def test_the_largest_mesh_and_one_that_leaves_devices() -> None:
     assert make_mesh(config(3, 1, 2, batch=18)).devices.shape == (1, 3, 1, 2, 1)
     with pytest.raises(ConfigError, match=r"3 × 1 × 2 = 6 ranks must be at most the 5 devices"):
         axis_sizes(config(3, 1, 2, batch=18), 5)
+
+
+def test_a_spec_has_an_entry_for_every_dimension() -> None:
+    """The batch over all axes but `tensor`, which splits the sequence, features or heads; what is of ranks over all."""
+    batch = AXES[:-1]
+    for ndim in (3, 4, 5):
+        whole = (None,) * (ndim - 3)
+        assert token_spec(ndim) == P(batch, "tensor", None, *whole)
+        assert split_spec(ndim) == P(batch, None, "tensor", *whole)
+        assert batch_spec(ndim) == P(batch, None, None, *whole) and rank_spec(ndim) == P(AXES, None, None, *whole)
+        assert replicated_spec(ndim) == P(None, None, None, *whole)
+    assert cache_spec() == P("tensor", batch, None, None)
 
 
 def test_replicas_without_a_mesh_and_on_one() -> None:

@@ -1,6 +1,7 @@
 """The whole model: causality, recomputation, dropout, initial values, dtypes and sizes."""
 
 import functools
+import logging
 import math
 import re
 from typing import Any
@@ -10,10 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from bigmac_jax.config import Config
+from bigmac_jax.config import Config, ConfigError
 from bigmac_jax.model import transformer
-from bigmac_jax.model.layers import Norm, dropout
-from bigmac_jax.model.transformer import init_model
+from bigmac_jax.model.layers import Norm, dropout, normalize
+from bigmac_jax.model.transformer import check_length, init_model
 
 from .program import all_to_alls, forward, payloads
 from .tools import (  # fmt: skip
@@ -302,6 +303,34 @@ def test_more_tokens_than_learned_positions_are_refused() -> None:
     config = tiny(positions="learned")
     with on_mesh(config), pytest.raises(ValueError, match="9 tokens exceed the 8 learned positions"):
         jax.eval_shape(lambda model: model(split_tokens(np.zeros((8, 9), np.int32))), abstract_model(config))
+
+
+def test_windows_up_to_what_the_model_is_made_for(caplog: pytest.LogCaptureFixture) -> None:
+    """Up to that length nothing is said; of a longer one a line, or where positions are learned an error."""
+    with caplog.at_level(logging.WARNING):
+        for positions in ("rope", "learned"):
+            for length in (1, 7, 8):
+                check_length("window", length, tiny(positions=positions))
+        assert not caplog.messages
+        check_length("window", 9, tiny(positions="none"))
+    assert caplog.messages == ["window=9 is more than the 8 tokens that the model was made for"]
+    with pytest.raises(ConfigError, match=r"^window=9 must be at most the 8 learned positions; use 8$"):
+        check_length("window", 9, tiny(positions="learned"))
+
+
+@pytest.mark.parametrize(("bias", "scale"), [(False, 1.0), (True, 1.0), (True, 3.0)])
+def test_norms_and_their_least_denominator(bias: bool, scale: float) -> None:
+    """Against NumPy: eps stands beside the mean square, which it is as large as here; of bfloat16 all is float32."""
+    rng = np.random.default_rng(0)
+    x, (gain, shift) = rng.standard_normal((2, 3, 8)).astype(np.float32), rng.standard_normal((2, 8))
+    config = tiny(norm_eps=0.5 * scale).model
+    y = x - x.mean(-1, keepdims=True) if bias else x
+    expected = y / np.sqrt(np.square(y).mean(-1, keepdims=True) + 0.5 * scale) * gain + (shift if bias else 0)
+    given = [jnp.asarray(v, jnp.float32) for v in ((gain, shift) if bias else (gain,))]
+    np.testing.assert_allclose(normalize(config, jnp.asarray(x), *given), expected, rtol=1e-5, atol=1e-6)
+    rounded = normalize(config, jnp.asarray(x, jnp.bfloat16), *given)
+    assert rounded.dtype == jnp.bfloat16
+    np.testing.assert_allclose(rounded.astype(np.float32), expected, rtol=0.02, atol=0.02)
 
 
 @pytest.mark.parametrize(("structure", "paper"), [("fine_grained", 3.73e9), ("bigmac", 3.78e9)])

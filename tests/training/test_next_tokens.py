@@ -8,7 +8,17 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
-from model.tools import abstract_model, assert_close, leaves, on_mesh, random_model, random_tokens, split_batch, tiny
+from model.tools import (  # fmt: skip
+    abstract_model,
+    assert_close,
+    leaves,
+    on_mesh,
+    random_model,
+    random_tokens,
+    split_batch,
+    split_tokens,
+    tiny,
+)
 from safetensors.numpy import load_file
 
 from bigmac_jax.config import Config, ConfigError, MeshConfig, TrainConfig, TuningConfig, load_config
@@ -17,7 +27,9 @@ from bigmac_jax.data.batch import NO_TARGET, PADDING, Batch
 from bigmac_jax.inference.kv_cache import make_decoder
 from bigmac_jax.interchange import export_model, import_model
 from bigmac_jax.model.counts import flops, parameters
+from bigmac_jax.model.layers import dropout
 from bigmac_jax.model.mesh import ExpertGroup, make_mesh
+from bigmac_jax.model.next_tokens import NextTokens, look_ahead
 from bigmac_jax.model.parameters import named_leaves
 from bigmac_jax.model.traffic import exchange_traffic, tensor_bytes
 from bigmac_jax.model.transformer import init_model, without_next_tokens
@@ -201,6 +213,57 @@ def test_evaluation_and_decoding_leave_them_out(fields: dict[str, Any]) -> None:
             evaluate.lower(of, batch).compile().memory_analysis().argument_size_in_bytes for of in (model, without)
         ]
         assert sizes[0] == sizes[1]
+
+
+@pytest.mark.parametrize("documents", [False, True])
+def test_what_a_module_sees_of_a_batch(documents: bool) -> None:
+    """By hand: what stands one and two tokens on; in another document, or behind the window, is nothing to learn."""
+    config, none, padding = tiny(batch=1, length=6), NO_TARGET, PADDING
+    inputs, targets = [[10, 11, 12, 13, 14, 15]], [[11, 12, none, 14, 15, 16]]
+    segments = [[0, 0, 0, 1, 1, padding]]
+    with on_mesh(config):
+        rows = [split_batch(np.array(v, np.int32)) for v in (inputs, targets, segments)]
+        batch = Batch(*rows[: 3 if documents else 2])
+        ahead = [[np.asarray(v)[0].tolist() for v in look_ahead(batch, by)[:3]] for by in (1, 2)]
+    (_, *one), (_, *two) = ahead
+    if documents:
+        assert one == [[12, none, none, 15, none, none], [0, 0, padding, 1, padding, padding]]
+        assert two == [[none, none, none, none, none, none], [0, padding, padding, padding, padding, padding]]
+    else:
+        assert one == [[12, none, 14, 15, 16, none], [0] * 5 + [padding]]
+        assert two == [[none, 14, 15, 16, none, none], [0] * 4 + [padding] * 2]
+    for by, (read, _, seen) in enumerate(ahead, 1):
+        real = [at for at, segment in enumerate(seen) if segment != padding]
+        assert [read[at] for at in real] == [inputs[0][at + by] for at in real]
+
+
+def test_what_a_module_gives_its_layer() -> None:
+    """What it reads, with dropout, before the features, each behind a norm of its own. The layer trains (choices may be
+    dropped), has a key of its own, and gets documents, padding and choices as they are."""
+    config, given = tiny(num_layers=1, mtp_modules=1, dropout=0.5), list[Any]()
+
+    def layer(*arguments: Any) -> Any:
+        given.extend(arguments)
+        return arguments[0], None
+
+    others: Any = tuple(object() for _ in range(3))
+    draw, key = np.random.default_rng(0).standard_normal, jax.random.key(5)
+    x_BLD, read_BLD = draw((2, 8, 8, 16)).astype(np.float32)
+    scales = 1 + 0.5 * draw((2, 16)).astype(np.float32)
+    of_embedding, of_layer = jax.random.split(key)
+    with on_mesh(config):
+        module = NextTokens(config, lambda key: layer, jax.random.key(0))  # type: ignore[arg-type, return-value]
+        for norm, scale in zip((module.embedding_norm, module.hidden_norm), scales, strict=True):
+            norm.scale_D.set_value(jax.device_put(scale, norm.scale_D.get_value().sharding))
+        module(split_tokens(x_BLD), split_tokens(read_BLD), key, *others)
+        read_BLD = np.asarray(dropout(split_tokens(read_BLD), 0.5, of_embedding))
+        w_XD = np.asarray(module.projection.w_DF.get_value())
+    halves = [
+        v / np.sqrt(np.square(v).mean(-1, keepdims=True) + 1e-6) * scale
+        for v, scale in zip((read_BLD, x_BLD), scales, strict=True)
+    ]
+    np.testing.assert_allclose(given[0], np.concatenate(halves, -1) @ w_XD, atol=1e-5)
+    assert given[1] == of_layer and given[2:] == [False, *others]
 
 
 @pytest.mark.full

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from flax import nnx
 from interchange.tools import MODELS
+from jax.sharding import PartitionSpec as P
 from model.tools import (
     abstract_model,
     assert_close,
@@ -31,6 +32,7 @@ from bigmac_jax.data.batch import batch_from_windows
 from bigmac_jax.model import transformer
 from bigmac_jax.model.adapters import adapted, attached, make_adapters
 from bigmac_jax.model.parameters import Adapted, declared, named_leaves
+from bigmac_jax.model.transformer import init_model
 from bigmac_jax.training.loss import WHOLE, loss_fn
 from bigmac_jax.training.restore import Restored
 from bigmac_jax.training.step import Trainer, TrainState, build_model, merge_adapters, split_model
@@ -159,12 +161,29 @@ def test_what_adapters_begin_as() -> None:
         deviation = 1 / np.sqrt(3 * a.shape[-2])
         assert of.value == pytest.approx(deviation) and a.std() == pytest.approx(deviation, rel=0.3)
         assert of.dims[-1] == "r" and of.shape[-1] == 4 and not of.constant
-    for path, pair in made:
-        of, (kind, matrix) = declared(pair), (path[-1], declared(dict(nnx.to_flat_state(params))[path[:-1]]))
-        assert (of.part, of.exact, of.constant) == (matrix.part, matrix.exact, kind == "b")
-        assert of.dims == (matrix.dims[:-1] + "r" if kind == "a" else matrix.dims[:-2] + "r" + matrix.dims[-1])
     (experts,) = (a for path, (_, a) in of_a.items() if path[-1] == "w_in_eRF")
     assert len({expert.tobytes() for expert in experts[0]}) == 8
+
+
+@pytest.mark.parametrize("mesh", ["ep 2 x tensor 2, experts split", "2 nodes x 2 x tensor 2, fsdp"])
+def test_adapters_stand_as_their_matrices(mesh: str) -> None:
+    """a as the rows, b as the columns; declared of the same part, and as exact."""
+    config = with_adapters(MESHES[mesh], targets="attention,experts,router")
+    with on_mesh(config):
+        params = jax.eval_shape(lambda: split_model(init_model(config, jax.random.key(0)))[1])
+        made = nnx.to_flat_state(jax.eval_shape(lambda: make_adapters(config, params, jax.random.key(0))))
+    matrices = dict(nnx.to_flat_state(params))
+    for (*path, kind), pair in made:
+        w, of, matrix = matrices[tuple(path)].get_value(), declared(pair), declared(matrices[tuple(path)])
+        (*leading, rows, columns), (*before, X, Y) = w.sharding.spec, matrix.shape
+        dims, first, last = matrix.dims[:-2], matrix.dims[-2], matrix.dims[-1]
+        assert (of.part, of.exact, of.constant) == (matrix.part, matrix.exact, kind == "b")
+        assert (of.dims, of.shape) == ((dims + first + "r", (*before, X, 2)) if kind == "a" else
+                                       (dims + "r" + last, (*before, 2, Y)))  # fmt: skip
+        assert kind == "a" or of.value == 0
+        spec = pair.get_value().sharding.spec
+        assert spec == P(*leading, *((rows, None) if kind == "a" else (None, columns)))
+    assert len(made) == 2 * 8 and len({matrices[tuple(path)].get_value().sharding.spec for (*path, _), _ in made}) > 3
 
 
 def test_biases_are_never_adapted(tmp_path: pathlib.Path) -> None:
