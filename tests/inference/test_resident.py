@@ -9,23 +9,28 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
-from model.tools import on_mesh, random_model, random_tokens, split_tokens, tiny
+from model.tools import abstract_model, on_mesh, random_model, random_tokens, split_tokens, tiny
 
 from bigmac_jax.config import Config, ConfigError
 from bigmac_jax.data.tokenizer import ByteTokenizer
 from bigmac_jax.evaluation.tasks.task_jobs import open_jobs, score_jobs
 from bigmac_jax.inference import Generator, Speculation
 from bigmac_jax.inference.int8_weights import Int8
+from bigmac_jax.model.mesh import placed
+from bigmac_jax.model.parameters import named_leaves
 from bigmac_jax.model.resident import (
     HOST,
     Ring,
     check_resident,
     compute_with_ring,
+    experts_in_host,
     hold,
+    holds_experts,
     in_host,
     is_resident,
     lacks_experts,
     order_of_layers,
+    placed_in_host,
     take_layer,
     with_resident,
 )
@@ -168,6 +173,33 @@ def test_the_order_of_layers() -> None:
         "next tokens": [(0, 0), (0, 1), (0, 2)],
     }
     assert {model: order_of_layers(config_of(model)) for model in MODELS} == orders
+
+
+def test_abstract_experts_stand_in_host_memory() -> None:
+    """Those of layers and of nothing else, split as they were; a tree that is placed there stands there whole."""
+    config = config_of("next tokens", (2, 1, 2, 1, True))
+    with on_mesh(config):
+        mesh = jax.sharding.get_mesh()
+        given = placed(abstract_model(config), mesh)
+    before, found = named_leaves(given), named_leaves(experts_in_host(given, mesh))
+    assert {name for name in found if found[name].sharding.memory_kind == HOST} == {
+        "layers.mlp.experts.w_in_eRF", "layers.mlp.experts.w_out_eFR"
+    }  # fmt: skip
+    assert "mtp.layers.mlp.experts.w_in_eRF" in before
+    everywhere = named_leaves(placed_in_host(given, mesh))
+    for name, leaf in before.items():
+        for other in (found[name], everywhere[name]):
+            assert (other.shape, other.dtype, other.sharding.spec) == (leaf.shape, leaf.dtype, leaf.sharding.spec)
+        assert everywhere[name].sharding.memory_kind == HOST and found[name].sharding.mesh == mesh
+
+
+@pytest.mark.parametrize(("layers", "experts"), [*((n, 0) for n in range(5)), (0, 1), (0, 7), (0, 8), (0, 9)])
+def test_who_has_experts_in_host_memory(layers: int, experts: int) -> None:
+    """Of three layers with eight experts each, whoever asks for fewer, and for one at least; no dense model."""
+    config = with_resident(config_of("next tokens"), layers, experts)
+    assert is_resident(config) == ((layers, experts) in [(1, 0), (2, 0), (0, 1), (0, 7)])
+    assert holds_experts(config) == (experts in (1, 7))
+    assert not is_resident(with_resident(tiny(structure="dense"), layers, 0))
 
 
 def test_what_stands_on_the_device_is_the_ring() -> None:

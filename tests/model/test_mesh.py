@@ -23,6 +23,8 @@ from bigmac_jax.model.mesh import (
     cache_spec,
     check_host_memory,
     check_links,
+    interleave,
+    join,
     make_mesh,
     per_replica,
     place,
@@ -290,6 +292,20 @@ def test_a_spec_has_an_entry_for_every_dimension() -> None:
         assert batch_spec(ndim) == P(batch, None, None, *whole) and rank_spec(ndim) == P(AXES, None, None, *whole)
         assert replicated_spec(ndim) == P(None, None, None, *whole)
     assert cache_spec() == P("tensor", batch, None, None)
+
+
+def test_rows_of_stacks_stand_behind_each_other_or_in_turn() -> None:
+    """And so go gradients back to them."""
+    first, second, third = np.arange(18, dtype=np.float32).reshape(3, 3, 2)
+    with jax.set_mesh(make_mesh(config(1, 1, 1))):
+        for together, rows, expected in (
+            (join, (first, second[:1], third[:2]), np.concatenate([first, second[:1], third[:2]])),
+            (interleave, (first, second, third), np.stack([first, second, third], axis=1).reshape(9, 2)),
+        ):
+            whole, pull = jax.vjp(together, *(place(row, replicated_spec(2)) for row in rows))
+            np.testing.assert_array_equal(whole, expected)
+            for row, gradient in zip(rows, pull(whole), strict=True):
+                np.testing.assert_array_equal(gradient, row)
 
 
 def test_replicas_without_a_mesh_and_on_one() -> None:
