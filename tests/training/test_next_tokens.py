@@ -218,13 +218,15 @@ def test_evaluation_and_decoding_leave_them_out(fields: dict[str, Any]) -> None:
 @pytest.mark.parametrize("documents", [False, True])
 def test_what_a_module_sees_of_a_batch(documents: bool) -> None:
     """By hand: what stands one and two tokens on; in another document, or behind the window, is nothing to learn."""
-    config, none, padding = tiny(batch=1, length=6), NO_TARGET, PADDING
+    config, none, padding = tiny(batch=2, length=6), NO_TARGET, PADDING
     inputs, targets = [[10, 11, 12, 13, 14, 15]], [[11, 12, none, 14, 15, 16]]
     segments = [[0, 0, 0, 1, 1, padding]]
     with on_mesh(config):
-        rows = [split_batch(np.array(v, np.int32)) for v in (inputs, targets, segments)]
+        rows = [split_batch(np.array(2 * v, np.int32)) for v in (inputs, targets, segments)]
         batch = Batch(*rows[: 3 if documents else 2])
-        ahead = [[np.asarray(v)[0].tolist() for v in look_ahead(batch, by)[:3]] for by in (1, 2)]
+        found = [[np.asarray(v) for v in look_ahead(batch, by)[:3]] for by in (1, 2)]
+    assert all(v.shape == (2, 6) and (v[0] == v[1]).all() for of in found for v in of)
+    ahead = [[v[0].tolist() for v in of] for of in found]
     (_, *one), (_, *two) = ahead
     if documents:
         assert one == [[12, none, none, 15, none, none], [0, 0, padding, 1, padding, padding]]
