@@ -93,7 +93,7 @@ def collectives(module: Module, mesh: Mapping[str, int]) -> list[Collective]:
         elif kind == "collective-permute":
             ranks = math.prod(mesh[axis] for axis in axes)
         dtypes = tuple({shape.dtype: None for shape in operands})
-        asynchronous = use.asynchronous or stage == "start" or instruction.opcode != kind  # a send is
+        asynchronous = use.asynchronous or stage == "start" or instruction.opcode not in KINDS  # a send is
         found.append(
             Collective(
                 instruction.name, computation.name, kind, axes, ranks, dtypes, size, use.times, use.loops, asynchronous,

@@ -163,6 +163,17 @@ def test_loops_multiply() -> None:
     assert "region" not in uses  # it is applied to elements
 
 
+def test_one_asynchronous_use_is_enough() -> None:
+    """Of a computation that is called, too, before or after; and without a ROOT the last instruction is the result."""
+    before = "%wrapped (p: f32[8]) -> f32[8] {\n  %p = f32[8]{0} parameter(0)\n  %n = f32[8]{0} negate(%p)\n}\n"
+    call = "%c = f32[8]{0} call(%x), to_apply=%wrapped"
+    start = "%s = ((f32[8]{0}), f32[8]{0}, u32[]) async-start(%x), calls=%wrapped"
+    for lines in ((call, start), (start, call)):
+        module = program("%x = f32[8]{0} parameter(0)", *lines, before=before)
+        assert module.uses["wrapped"] == hlo.Use(2, asynchronous=True)
+        assert module.computations["wrapped"].root.name == "n"
+
+
 def test_collectives_in_loops() -> None:
     reduction, permute = sorted(collectives(NESTED, {"x": 2}), key=lambda c: c.kind)
     assert (reduction.times, reduction.asynchronous) == (16, False)
@@ -221,6 +232,13 @@ def counted(
         ({"limit": "3"}, 0),
         ({"result": "%copy.2"}, 3),
         ({"direction": "NE"}, None),
+        ({"start": "-4"}, 4),
+        ({"limit": "-40"}, 0),
+        # What is no whole number, and what is no sum, is not known.
+        ({"start": "0.5"}, None),
+        ({"limit": "24.5"}, None),
+        ({"step": "0.5"}, None),
+        ({"result": "%j"}, None),
     ],
 )
 def test_trips_of_a_counting_loop(arguments: dict[str, str], trips: int | None) -> None:
@@ -318,6 +336,32 @@ def test_tuples() -> None:
     assert (reduced.buffer_bytes, reduced.dtypes) == (6 + 20, ("u16", "f32"))
 
 
+@pytest.mark.parametrize(
+    ("name", "root", "kind", "sent"),
+    [
+        ("all-reduce-scatter.1", "dynamic-slice(%r, %i)", "reduce-scatter", 24),
+        ("fused.1", "dynamic-slice(%r, %i)", "all-reduce", 48),
+        ("all-reduce-scatter.1", "dynamic-slice(%p, %i)", "all-reduce", 48),  # of what is not the sum
+        ("all-reduce-scatter.1", "copy(%r)", "all-reduce", 48),
+    ],
+)
+def test_a_sum_of_which_a_rank_keeps_its_part(name: str, root: str, kind: str, sent: float) -> None:
+    """In one fusion, as TPU writes it: it sends half of what a sum does, and nothing runs beside it. A gather in such a
+    fusion is one."""
+    lines = "%r = f32[8]{0} all-reduce(%p), replica_groups=[2,4]<=[8], to_apply=%add", f"ROOT %s = f32[2]{{0}} {root}"
+    for reduction, expected in ((lines[0], (kind, sent)), (lines[0].replace("reduce(", "gather("), ("all-gather", 96))):
+        before = f"%{name} (p: f32[8], i: s32[]) -> f32[2] {{\n  %p = f32[8]{{0}} parameter(0)\n"
+        before += f"  %i = s32[] parameter(1)\n  {reduction}\n  {lines[1]}\n}}\n"
+        module = program(
+            "%x = f32[8]{0} parameter(0)",
+            "%n = s32[] parameter(1)",
+            f"ROOT %f = f32[2]{{0}} fusion(%x, %n), kind=kCustom, calls=%{name}",
+            before=before,
+        )
+        (found,) = collectives(module, MESH)
+        assert ((found.kind, found.sent_bytes), found.asynchronous) == (expected, False)
+
+
 def test_asynchronous_pairs_count_once() -> None:
     module = program(
         "%x = u16[32,16]{1,0} parameter(0)",
@@ -401,6 +445,10 @@ def test_dots() -> None:
         ("5,6,8", "5,8,3", "5,6,3", "window={size=5 stride=4 lhs_dilate=5}, dim_labels=0bf_0io->0bf", 10 * 6 * 8 * 3),
         # A convolution proper: at the edges 2 of 3 places are inside.
         ("1,4,2", "3,2,5", "1,4,5", "window={size=3 pad=1_1}, dim_labels=b0f_0io->b0f", 2 * (2 + 3 + 3 + 2) * 2 * 5),
+        # Every second place, from two before the first: one of three inside, then all.
+        ("1,4,2", "3,2,5", "1,2,5", "window={size=3 stride=2 pad=2_0}, dim_labels=b0f_0io->b0f", 2 * (1 + 3) * 2 * 5),
+        # A window with a hole: at the far edge one of its two places is inside.
+        ("1,4,2", "2,2,5", "1,3,5", "window={size=2 pad=0_1 rhs_dilate=2}, dim_labels=b0f_0io->b0f", 100),
         # Two groups of features, and two of the batch.
         ("6,8", "4,10", "6,10", "dim_labels=bf_io->bf, feature_group_count=2", 2 * 6 * 4 * 10),
         ("6,8", "8,10", "3,10", "dim_labels=bf_io->bf, batch_group_count=2", 2 * 3 * 8 * 10),
@@ -489,12 +537,13 @@ def test_metadata_of_a_kernel_stands_in_lines_of_its_own() -> None:
 
 
 def test_matmuls_of_libraries() -> None:
-    """oneDNN's 3 × [5, 7] by [7, 11], and 3 × [7, 5] transposed."""
+    """oneDNN's 3 × [5, 7] by [7, 11], and 3 × [7, 5] transposed; what is added multiplies nothing."""
     for lhs in ("3,5,7", "3,7,5"):
         module = program(
             f"%x = f32[{lhs}]{{2,1,0}} parameter(0)",
             "%y = f32[3,7,11]{2,1,0} parameter(1)",
-            'ROOT %m = f32[3,5,11]{2,1,0} custom-call(%x, %y), custom_call_target="__onednn$matmul"',
+            "%b = f32[11]{0} parameter(2)",
+            'ROOT %m = f32[3,5,11]{2,1,0} custom-call(%x, %y, %b), custom_call_target="__onednn$matmul"',
         )
         assert matmul_flops(module).total == 2 * 3 * 5 * 7 * 11
 
