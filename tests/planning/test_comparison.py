@@ -56,6 +56,7 @@ def test_a_gap_in_tokens_by_hand() -> None:
     assert tokens_factor(Measured(0.0, 0.01), Measured(0.5, 0.05)) == pytest.approx((1.0, 0.02))
     assert tokens_factor(Measured(-0.1, 0.0), Measured(0.5, 0.0)) == pytest.approx((math.exp(-0.2), 0.0))
     assert Measured(1.05, 0.02).differs(1.0) and not Measured(0.97, 0.02).differs(1.0)
+    assert not Measured(1.5, 0.25).differs(1.0)  # two errors are no difference, but more are
 
 
 def test_the_nearest_width_and_a_line_between_lengths(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -135,6 +135,23 @@ def test_two_slices() -> None:
     assert here.exchange(Sent(3e9, 0), 1) == pytest.approx(slow)
 
 
+def test_hops_of_groups_on_two_slices() -> None:
+    """Inside 2 × 4 chips 4 · 4 over 2 links and 4 hops, in each of two exchanges; then a message to the other slice. Of
+    two ranks of tensor each has a line of four: 2 · 2 over a link, 3 hops."""
+    slow = 2 * V5E.slow.latency + 1e9 / V5E.slow.bandwidth
+    here = cluster(sizes(node=2, expert=8), V5E, (2, 4))
+    assert here.exchange(Sent(7e9, 1e9), 2, hierarchical=True) == pytest.approx(4 * 4e9 / 2 / 50e9 + 8e-6 + slow)
+    line = cluster(sizes(node=2, expert=4) | {"tensor": 2}, V5E, (2, 4))
+    assert line.exchange(Sent(3e9, 1e9), 2, hierarchical=True) == pytest.approx(2 * 2e9 / 50e9 + 6e-6 + slow)
+
+
+def test_machines_that_cut_through_rows() -> None:
+    """Rows of six on machines of four: two of a row are surely together, of whose other five ranks one is near."""
+    here = cluster(sizes(node=2, expert=6), PLAIN)
+    assert here.by_link(Sent(50, 60)) == Sent(10, 100)
+    assert here.exchange(Sent(50, 60), 2) == max(2 * 1 * 2 + 10 / 100, 2 * 10 * 3 + 100 / 10)
+
+
 def test_around_a_ring() -> None:
     here = cluster(sizes(2, 1, 4), PLAIN)
     # All 8: inside at 100, out of a machine at its four shares of 10. 1,000 bytes, there and back, 7/8 of them.
@@ -449,6 +466,10 @@ def test_tensor_ranks_leave_less_of_a_machine_to_an_expert_group() -> None:
     """Two of the four ranks of a machine are of one group of four: half of its peers are across."""
     one, two = (cluster(sizes(expert=4) | {"tensor": t}, PLAIN) for t in (1, 2))
     assert one.by_link(Sent(3, 0)) == Sent(3, 0) and two.by_link(Sent(3, 0)) == Sent(1, 2)
+    # Eight that share a sequence fill two machines, and leave no peer on either.
+    mesh = sizes(expert=4) | {"tensor": 8}
+    assert cluster(mesh, PLAIN).by_link(Sent(3, 0)) == Sent(0, 3)
+    assert physical_group(mesh, PLAIN).sizes == (4, 1)
 
 
 def test_work_that_is_done_twice() -> None:
@@ -552,6 +573,19 @@ def test_nothing_is_sent() -> None:
         (sizes(8, expert=128), V5E, (32, 32), "topology=32x32 must have at most the 256 chips of a slice"),
         (sizes(expert=8), V5E, (4, 4), "the 8 ranks must be a multiple of the 16 chips of topology=4x4"),
         (sizes(2, 1, 6), V5E, (4, 3), "mesh.node × mesh.expert = 6 ranks must make a block of topology=4x3"),
+        (sizes(2, 1, 6), V5E, (2, 2), "mesh.node × mesh.expert = 6 ranks must make a block of topology=2x2"),
+        (
+            sizes(2, 1, 3) | {"tensor": 2},
+            V5E,
+            (4, 3),
+            "mesh.node × mesh.expert × mesh.tensor = 6 ranks must make a block of topology=4x3",
+        ),
+        (
+            sizes(expert=8),
+            load_hardware("tpu7x"),
+            (2, 2, 2),
+            "the 8 ranks must be a multiple of the 16 cores of topology=2x2x2",
+        ),
     ],
 )
 def test_what_does_not_fit(mesh: dict[str, int], hardware: Hardware, topology: Any, message: str) -> None:

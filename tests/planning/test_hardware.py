@@ -1,5 +1,6 @@
 """Hardware files: what they hold, what is refused, and the torus."""
 
+import dataclasses
 import pathlib
 import re
 
@@ -7,7 +8,7 @@ import pytest
 
 from bigmac_jax.config import ConfigError
 from bigmac_jax.planning.hardware import HARDWARE, Link, load_hardware
-from bigmac_jax.planning.hardware.torus import Block, Torus, parts
+from bigmac_jax.planning.hardware.torus import Block, Torus, larger, parts
 from bigmac_jax.planning.topologies import GPUS, TPUS
 
 FOLDER = pathlib.Path(load_hardware.__code__.co_filename).parent
@@ -156,6 +157,40 @@ def test_no_such_hardware(name: str) -> None:
         load_hardware(name)
 
 
+def test_an_efficiency_of_one_is_the_most(tmp_path: pathlib.Path) -> None:
+    assert (
+        load_hardware(edited(tmp_path / "mine.toml", "^matmul_efficiency.*", "matmul_efficiency = 1")).matmul_efficiency
+        == 1.0
+    )
+
+
+def test_peaks() -> None:
+    """8 bits are for what is multiplied in them, and no faster than 16 where a chip has none."""
+    h100, v5e = load_hardware("h100"), load_hardware("v5e")
+    for hardware in (h100, v5e):
+        exact, half = hardware.peak_flops_float32, hardware.peak_flops
+        assert exact <= half
+        assert [hardware.peak(dtype, False) for dtype in ("float32", "bfloat16")] == [exact, half]
+    assert [hardware.peak("float32", True) for hardware in (h100, v5e)] == [h100.peak_flops_8bit, v5e.peak_flops]
+
+
+@pytest.mark.parametrize(
+    ("shape", "times", "most", "expected"),
+    [
+        ((2, 2), 1, 256, (2, 2)),
+        ((2, 2), 2, 256, (2, 4)),  # of two that are as short the last
+        ((2, 2), 4, 256, (4, 4)),
+        ((2, 2, 4), 8, 256, (4, 4, 8)),
+        ((4, 2), 2, 256, (4, 4)),
+        ((2, 4), 2, 16, (4, 4)),  # as many as there may be
+        ((2, 4), 4, 31, (4, 4)),
+        ((2, 4), 2, 15, (2, 4)),
+    ],
+)
+def test_a_larger_slice(shape: tuple[int, ...], times: int, most: int, expected: tuple[int, ...]) -> None:
+    assert larger(shape, times, most) == expected
+
+
 def test_rings() -> None:
     assert PLANE.slice((4, 8)).rings == (False, False)
     assert PLANE.slice((8, 16)).rings == (False, True)
@@ -176,6 +211,10 @@ def test_bisections_by_hand() -> None:
     # A line of 3: the first sends the other two 1/2 each.
     assert Block((3,), (False,)).busiest_link() == pytest.approx(1)
     assert Block((1, 1), (False, False)).busiest_link() == 0
+    # 3 × 2: 2 chips and 4 on the sides of 2 links, more than 3 and 3 of 3.
+    assert Block((3, 2), (False, False)).busiest_link() == pytest.approx(2 * 4 / 5 / 2)
+    # A ring of 5: 2 chips and 3, two cuts.
+    assert Block((5,), (True,)).busiest_link() == pytest.approx(2 * 3 / 4 / 2)
 
 
 @pytest.mark.parametrize(("name", "bandwidth"), [("v5e", 1.6e12), ("v6e", 3.2e12)])
@@ -191,6 +230,7 @@ def test_bisection_of_a_pod(name: str, bandwidth: float) -> None:
 def test_hops_and_links() -> None:
     assert PLANE.slice((4, 8)).hops() == 3 + 7
     assert PLANE.slice((16, 16)).hops() == 8 + 8
+    assert Block((5, 3), (True, False)).hops() == 2 + 2
     assert PLANE.slice((4, 8)).ring_links() == 2
     assert PLANE.slice((8, 16)).ring_links() == 3
     assert CUBES.slice((2, 2, 1)).ring_links() == 2
@@ -198,7 +238,19 @@ def test_hops_and_links() -> None:
 
 def test_near_cube() -> None:
     assert [PLANE.near_cube(n) for n in (1, 2, 8, 32, 256)] == [(1, 1), (1, 2), (2, 4), (4, 8), (16, 16)]
+    cores = dataclasses.replace(CUBES, cores=2)
+    assert [cores.near_cube(n) for n in (3, 5)] == [(1, 1, 2), (1, 1, 3)]  # a chip may be half used
     assert [CUBES.near_cube(n) for n in (4, 32, 64, 48)] == [(1, 2, 2), (2, 4, 4), (4, 4, 4), (3, 4, 4)]
+
+
+def test_parts_of_every_second_chip() -> None:
+    """Two of them are two links apart; every second of those four, and there the data of four blocks shares a link."""
+    inner, outer = parts(parts(PLANE.slice((8, 8)), 2)[1], 2)
+    assert (inner, outer) == (Block((2, 1), (False, False), stride=2), Block((2, 8), (False, False), stride=4))
+    assert (inner.hops(), outer.hops()) == (1 * 2, (1 + 7) * 4)
+    assert (inner.ring_links(), outer.ring_links()) == (1 / 2, 2 / 4)
+    assert inner.busiest_link() == 2
+    assert outer.busiest_link() == pytest.approx(8 * 8 / 15 / 2 * 4)
 
 
 def test_parts_of_a_slice() -> None:

@@ -32,6 +32,13 @@ def test_it_is_read(tmp_path: pathlib.Path) -> None:
     found = read_load(str(tmp_path), config)  # of the last two records
     assert found.layers_YE == ((1.5, 0.5, 1.0, 1.0), (0.75, 0.75, 1.5, 1.0))
     assert read_load("1.25", config) == Load(1.25) and read_load("", config) == EVEN
+    assert [read_load(text, config).busiest for text in ("1", "4")] == [1.0, 4.0]  # even, and all to one
+    # Of a short run the last record; those without a load don't count.
+    short = [{"step": 0, "moe/load": [[1.0] * 4] * 2}, {"step": 1, "moe/load": LAYERS}, {"step": 2, "loss": 1.0}]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(record, allow_nan=False) + "\n" for record in short))
+    assert read_load(str(tmp_path), config) == Load(1.0, LAYERS)
+    with pytest.raises(ConfigError, match="is a run with 4 experts a layer, but this config has 2; give a number"):
+        read_load(str(tmp_path), load_config("tiny", ["model.num_experts=2", "model.top_k=1"]))
 
 
 @pytest.mark.parametrize(

@@ -144,5 +144,32 @@ def test_copies_from_a_host() -> None:
     assert argument_bytes(hlo.parse(TEXT.replace("S(5)", "S(1)"))) == 0
 
 
+def test_copies_in_a_loop() -> None:
+    """As often as it runs; no product before a copy's start is beside it, nor one behind its end."""
+    body = """%body (s: (s32[], bf16[8,8], bf16[8,8])) -> (s32[], bf16[8,8], bf16[8,8]) {
+  %s = (s32[], bf16[8,8]{1,0:S(5)}, bf16[8,8]{1,0}) parameter(0)
+  %n = s32[] get-tuple-element(%s), index=0
+  %held = bf16[8,8]{1,0:S(5)} get-tuple-element(%s), index=1
+  %y = bf16[8,8]{1,0} get-tuple-element(%s), index=2
+  %first = bf16[8,8]{1,0} dot(%y, %y), lhs_contracting_dims={1}, rhs_contracting_dims={0}
+  %start = (bf16[8,8]{1,0}, bf16[8,8]{1,0:S(5)}, u32[]) copy-start(%held)
+  %second = bf16[8,8]{1,0} dot(%first, %y), lhs_contracting_dims={1}, rhs_contracting_dims={0}
+  %done = bf16[8,8]{1,0} copy-done(%start)
+  %third = bf16[8,8]{1,0} dot(%second, %done), lhs_contracting_dims={1}, rhs_contracting_dims={0}
+  ROOT %r = (s32[], bf16[8,8]{1,0:S(5)}, bf16[8,8]{1,0}) tuple(%n, %held, %third)
+}
+
+%cond (t: (s32[], bf16[8,8], bf16[8,8])) -> pred[] {
+  ROOT %t = pred[] parameter(0)
+}
+
+ENTRY"""
+    trips = 'backend_config={"known_trip_count":{"n":"3"}}'
+    loop = f"  %loop = bf16[8,8]{{1,0}} while(%x), condition=%cond, body=%body, {trips}\n"
+    text = TEXT.replace("ENTRY", body).replace("  ROOT %add", loop + "  ROOT %add")
+    (found,) = [copy for copy in host_copies(hlo.parse(text)) if copy.name == "start"]
+    assert found == HostCopy("start", 128, 3, True, ("second",))
+
+
 def test_one_chip_is_a_topology() -> None:
     assert topologies.parse_topology("v6e:1x1").chips == 1

@@ -127,6 +127,16 @@ def test_what_a_search_would_find_without_the_pass_that_counts_loads() -> None:
     assert describe(step, Machine(2, H100))[1]["best"]["without_first_pass"] is None
 
 
+def test_what_just_fits() -> None:
+    """The whole batch, where no byte is to be left and none is."""
+    mesh = {(1, 1, 1, 8, 1)}
+    whole = next(variants(CONFIG, EIGHT, lean=True, among=mesh))
+    size = sum(whole.memory.values())
+    first, less = (next(variants(CONFIG, with_memory(s), lean=True, among=mesh)) for s in (size, size - 1))
+    assert (first.config, first.fits, first.headroom) == (whole.config, True, 0)
+    assert whole.config.train.accumulate_steps == 1 < less.config.train.accumulate_steps
+
+
 def test_of_two_that_fit_whole_the_one_without_copies_is_faster() -> None:
     found = [c.config.execution.remat for c in search(CONFIG, EIGHT)]
     assert found.index("layer") < found.index("offload")
