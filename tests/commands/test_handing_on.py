@@ -27,6 +27,7 @@ from bigmac_jax.inference.drafter import Speculation
 from bigmac_jax.interchange import Trained
 from bigmac_jax.planning.place import Request as PlanRequest
 from bigmac_jax.runtime import hosts
+from bigmac_jax.runtime.clock import Clock
 from bigmac_jax.serving.limits import Limits
 
 
@@ -237,8 +238,10 @@ def test_a_server_is_started_as_the_flags_say(
     assert generator.slots == {"slots": 3, "positions": 64, "chunk": 8, "compiled": True}
     assert list(records.of["listen"].values()) == ["0.0.0.0", 81]
     assert records.of["count_pages"] == {"positions": 64, "longest": 16}
-    dialogue = records.of["load_dialogue"]
-    assert dialogue.pop("tokenizer") == records.of["load_generator"]["tokenizer"]
+    assert records.of["enter_mesh"] == {"config": config, "speculate": Speculation()}
+    model, dialogue = records.of["load_generator"], records.of["load_dialogue"]
+    assert model.pop("tokenizer") is dialogue.pop("tokenizer")
+    assert model == {"workdir": workdir, "config": config, "speculate": Speculation()}
     assert dialogue == {"file": "t.jinja", "tokenizer_file": "bytes", "workdir": workdir}
     assert records.of["agree"] == {"config": config, "command": program.__name__}
     program = given("serve", f"--workdir={workdir}")
@@ -292,8 +295,7 @@ def test_texts_are_scored_as_the_flags_say(
     expected["text_stream"] = {"text_or_path": workdir / "a.txt"}
     (call,) = expected.keys() & records.of.keys()
     asked = records.of[call]
-    assert asked.pop("tokenizer").eos_id == 256
-    assert asked == expected[call]
+    assert asked.pop("tokenizer").eos_id == 256 and asked == expected[call]
     assert records.of.get("say_data_place") == (run | split if call == "open_run_stream" else None)
 
 
@@ -304,14 +306,11 @@ def test_tasks_are_scored_as_the_flags_say(
         "eval", f"--workdir={workdir}", "--step=best", "--stride=4", "--tasks=piqa,wikitext2", "--task_data=piqa=a",
         "--limit=2", "--json",
     )  # fmt: skip
-    mesh = SimpleNamespace(shape={"data": 1})
-    records(program.cli, agree=None, enter_mesh=mesh)
+    records(program.cli, agree=None, enter_mesh=SimpleNamespace(shape={"data": 1}))
     config = program.read_config(workdir)
     templated = dataclasses.replace(config, tuning=dataclasses.replace(config.tuning, chat_template="t"))
-    records(
-        program, use_saved_template=templated, open_jobs=["jobs"], find_checkpoint=(7, "id"), score_jobs={"piqa": 1}
-    )
-    records(program, restore=("config", "model"), describe_scores=["lines"])
+    records(program, use_saved_template=templated, open_jobs=["jobs"], find_checkpoint=(7, "id"))
+    records(program, restore=("config", "model"), score_jobs={"piqa": 1}, describe_scores=["lines"])
     program.main()
     assert json.loads(capsys.readouterr().out) == {"step": 7, "tasks": {"piqa": 1}}
     assert records.of["use_saved_template"] == {"workdir": workdir, "config": config}
@@ -331,11 +330,9 @@ def test_tasks_are_scored_as_the_flags_say(
 
 def test_a_run_is_trained_as_the_flags_say(given: Any, records: Records, workdir: pathlib.Path) -> None:
     """Of more replicas than are here it has fewer, and keeps what was asked for."""
-    file, given_fields = workdir / "config.json", ("mesh.replica=2", "train.steps=9")
-    program = given(
-        "train", f"--config={file}", f"--workdir={workdir / 'run'}", "--profile=2:3", overrides=given_fields
-    )
-    asked = load_config(file, given_fields)
+    file, run, fields = workdir / "config.json", workdir / "run", ("mesh.replica=2", "train.steps=9")
+    program = given("train", f"--config={file}", f"--workdir={run}", "--profile=2:3", overrides=fields)
+    asked = load_config(file, fields)
     fitted = dataclasses.replace(asked, mesh=dataclasses.replace(asked.mesh, replica=1))
     records(program.cli, agree=None, enter_mesh=SimpleNamespace(shape={"data": 1}))
     records(program, fit_replicas=(fitted, ""), train=SimpleNamespace(finished=False, step=3), saved_places=["a", "b"])
@@ -344,29 +341,10 @@ def test_a_run_is_trained_as_the_flags_say(given: Any, records: Records, workdir
     assert records.of["agree"] == {"config": asked, "command": program.__name__}
     assert list(records.of["fit_replicas"].values()) == [asked, "saved", {"data": 3}, jax.device_count()]
     assert records.of["enter_mesh"]["config"] == fitted
-    assert list(records.of["saved_places"].values()) == [fitted, list(given_fields)]
+    assert list(records.of["saved_places"].values()) == [fitted, list(fields)]
     lines = [f"reads {place}, which {file} names" for place in ("a", "b")]
-    trained = {"workdir": workdir / "run", "profile": (2, 3), "notes": lines, "asked": asked}
+    trained = {"workdir": run, "profile": (2, 3), "notes": lines, "asked": asked}
     assert records.of["train"] == {"config": fitted} | trained
-
-
-def test_a_corpus_is_prepared_as_the_flags_say(
-    given: Any, records: Records, workdir: pathlib.Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    file = workdir / "config.json"
-    program = given("data", f"--config={file}", "--splits=test,train", "--processes=3", arguments=("prepare",),
-                    overrides=("data.batch_size=4",))  # fmt: skip
-    records(program, prepare=[], open_pretrained="origin", choose_tokenizer="its tokenizer")
-    program.main()
-    prepared = records.of["prepare"]
-    assert prepared.pop("load") is program.load_tokenizer and "open_pretrained" not in records.of
-    config = load_config(file, ("data.batch_size=4",))
-    assert prepared == {"config": config, "splits": ["test", "train"], "processes": 3}
-    monkeypatch.setattr(program.cli, "OVERRIDES", ["train.init_from=runs/base"])
-    program.main()
-    assert records.of["open_pretrained"] == {"place": "runs/base"}
-    assert records.of["prepare"]["load"](config) == "its tokenizer"
-    assert list(records.of["choose_tokenizer"].values()) == ["origin", config]
 
 
 def test_a_model_is_exported_as_the_flags_say(given: Any, records: Records, workdir: pathlib.Path) -> None:
@@ -389,20 +367,16 @@ def test_a_model_is_exported_as_the_flags_say(given: Any, records: Records, work
     assert exported == {"config": saved, "model": "model", "output": str(workdir / "new")} | named
 
 
-def test_a_checkpoint_is_imported_from_where_the_flags_say(
-    given: Any, records: Records, tmp_path: pathlib.Path
-) -> None:
-    (place := tmp_path / "own model").mkdir()
-    program = given("convert", f"--checkpoint={place}", f"--workdir={tmp_path / 'run'}", arguments=("import",),
-                    overrides=("train.steps=3",))  # fmt: skip
+def test_a_checkpoint_is_imported_as_the_flags_say(given: Any, records: Records, tmp_path: pathlib.Path) -> None:
+    place, run = tmp_path / "own model", tmp_path / "run"
+    place.mkdir()
+    own = {"arguments": ("import",), "overrides": ("train.steps=3",)}
+    program = given("convert", f"--checkpoint={place}", f"--workdir={run}", **own)
     records(program.cli, agree=None)
     records(program, import_run=Config())
     program.main()
     assert records.of["agree"] == {"config": None, "command": program.__name__}
-    assert records.of["import_run"] == {
-        "directory": place, "workdir": tmp_path / "run", "overrides": ["train.steps=3"], "name": "own model",
-        "place": place,
-    }  # fmt: skip
+    assert list(records.of["import_run"].values()) == [place, run, ["train.steps=3"], "own model", place]
 
 
 def test_processes_compare_config_and_flags(given: Any, records: Records) -> None:
@@ -424,10 +398,10 @@ def test_processes_compare_config_and_flags(given: Any, records: Records) -> Non
 def test_flags_of_a_job_reach_those_that_connect_it(
     given: Any, records: Records, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    program = given("generate")
-    cli = program.cli
+    given("generate")
     cli._define_host_flags()
     given("generate", "--coordinator=a:1", "--num_processes=2", "--process_id=1", "--peer_timeout=7")
+    monkeypatch.setattr(cli, "clock", Clock())
     monkeypatch.setattr(cli, "CPU_DEVICES", SimpleNamespace(value=0))
     records(cli.hosts, connect=None)
     records(cli.watchdog, watch_job=contextlib.nullcontext())
@@ -450,8 +424,7 @@ def test_a_mesh_is_entered_with_its_replicas(records: Records, tmp_path: pathlib
     records(cli, keep_programs=None)
     records(cli.watchdog, belong_to=None)
     records(cli.jax, set_mesh=None)
-    config = small(tmp_path, "data.batch_size=9")
-    config = dataclasses.replace(config, mesh=MeshConfig(data=2))
+    config = dataclasses.replace(small(tmp_path, "data.batch_size=9"), mesh=MeshConfig(data=2))
     with pytest.raises(ConfigError, match=r"data\.batch_size=9"):
         cli.enter_mesh(config)
     mesh = cli.enter_mesh(config, fit_batch=False)
@@ -480,25 +453,14 @@ def test_fields_are_taken_from_the_command_line(
     assert overrides == cli.OVERRIDES
 
 
-@pytest.mark.parametrize(
-    ("asked", "described"),
-    [("config.help", ""), ("config.mesh.help", "mesh"), ("config.model.top_k.help", "model.top_k")],
-)
-def test_help_of_fields(asked: str, described: str, records: Records) -> None:
-    records(cli.field_docs, describe="described")
-    with pytest.raises(SystemExit) as ended:
-        cli._take_overrides(["", f"--{asked}"])
-    assert ended.value.code == 0 and list(records.of["describe"].values()) == [[described]]
-
-
 @pytest.mark.parametrize("name", commands.COMMANDS)
 def test_commands_take_what_they_read(name: str, records: Records, monkeypatch: pytest.MonkeyPatch) -> None:
     """Arguments that are no flags where they read such, and a job's flags where processes are told apart."""
     source = (pathlib.Path(commands.__file__).parent / f"{name}.py").read_text()
     module = SimpleNamespace(run=cli.run, main=len)
     records(module, run=None)
-    for owner, part in ((commands.signals, "install"), (commands.environment, "prepare")):
-        records(owner, **{part: None})
+    records(commands.signals, install=None)
+    records(commands.environment, prepare=None)
     monkeypatch.setattr(commands.importlib, "import_module", lambda _: module)
     commands.start(name)
     assert records.of["run"] == {"main": len, "arguments": "cli.ARGUMENTS" in source, "distributed": "hosts." in source}
