@@ -367,18 +367,6 @@ def test_a_model_is_exported_as_the_flags_say(given: Any, records: Records, work
     assert exported == {"config": saved, "model": "model", "output": str(workdir / "new")} | named
 
 
-def test_a_checkpoint_is_imported_as_the_flags_say(given: Any, records: Records, tmp_path: pathlib.Path) -> None:
-    place, run = tmp_path / "own model", tmp_path / "run"
-    place.mkdir()
-    own = {"arguments": ("import",), "overrides": ("train.steps=3",)}
-    program = given("convert", f"--checkpoint={place}", f"--workdir={run}", **own)
-    records(program.cli, agree=None)
-    records(program, import_run=Config())
-    program.main()
-    assert records.of["agree"] == {"config": None, "command": program.__name__}
-    assert list(records.of["import_run"].values()) == [place, run, ["train.steps=3"], "own model", place]
-
-
 def test_processes_compare_config_and_flags(given: Any, records: Records) -> None:
     """But for where each machine has the config and the cache."""
     own = ("--config=mine", "--workdir=all", "--num_processes=2", "--peer_timeout=7")

@@ -52,6 +52,14 @@ def test_our_shapes_are_counted_alike(name: str) -> None:
     assert shape.parameters() == pytest.approx(of_model.total, rel=0.01)
 
 
+def test_a_hybrid_has_the_mamba_layers_of_its_config() -> None:
+    """Of all layers those with an M; a chunk is no longer than a text."""
+    config = load_config("nemotron3_super", ["execution.mamba_chunk=64", "model.mamba_conv=3"])
+    m = config.model
+    sizes = m.mamba_head_count, m.mamba_head_dim, m.mamba_groups, m.mamba_state
+    assert Shape.of(config).mamba == Mamba(m.count_trained("M"), *sizes, conv=3, chunk=64)
+
+
 def test_published_numbers() -> None:
     """DeepSeek-V3 by its report: 671 B parameters, 37 B a token; Qwen3-30B: 23.1 GFLOPs a token of 4,096."""
     deepseek = Shape(

@@ -9,6 +9,7 @@ import pytest
 from rich.console import Console
 
 from bigmac_jax.config import ConfigError, load_config, with_overrides
+from bigmac_jax.model import counts
 from bigmac_jax.planning import hlo, report, residency, topologies
 from bigmac_jax.planning.hardware import load_hardware
 from bigmac_jax.planning.host_copies import HostCopy, argument_bytes, host_copies
@@ -94,6 +95,24 @@ def test_the_most_used_experts_of_qwen_on_one_v6e() -> None:
         residency.describe(config, {}, unknown)
     with pytest.raises(ConfigError, match=r"^resident_experts=16 is for one device, .* has 4 \(mesh expert 4\); use"):
         residency.describe(config, {"expert": 4, "data": 1}, None)
+
+
+def test_a_step_that_decodes_on_a_mesh() -> None:
+    """Of 24 requests 3 are of each of 8 batch ranks, and each of two groups' 4 expert ranks sees those of 12; two ranks
+    of `tensor` share matrices and heads. The table of tokens is looked up, and each expert's rows are read or not."""
+    sizes = {"replica": 2, "data": 1, "node": 2, "expert": 2, "tensor": 2}
+    fields = ("model.num_heads=4", "model.num_kv_heads=2", "model.tie_embeddings=False", "execution.dtype=bfloat16")
+    config = load_config("tiny", fields)
+    m, parts = config.model, counts.parameters(config, sizes).parts
+    experts = parts["experts"] // 4
+    dense = (sum(parts.values()) - parts["experts"] - m.vocab_size * m.hidden_size) / 2
+    cache = 3 * config.data.sequence_length * 2 * 1 * m.head_size * m.num_layers
+    read = dense + experts * (1 - (1 - m.choices / m.expert_count) ** 12 + 0.5) + cache
+    computed = 2 * (3 * dense + 12 * m.choices / m.expert_count * experts)
+    slow = dataclasses.replace(load_hardware("h100"), memory_bandwidth=1e6)
+    fast = dataclasses.replace(slow, memory_bandwidth=1e30)
+    assert residency.decode_seconds(config, sizes, slow, 24, passes=0.5) == pytest.approx(2 * read / 1e6)
+    assert residency.decode_seconds(config, sizes, fast, 24, passes=9.0) == pytest.approx(computed / fast.peak_flops)
 
 
 def test_nothing_of_it_where_all_stands_on_the_device() -> None:

@@ -91,6 +91,26 @@ def test_meshes_that_grow() -> None:
     assert len(_grown([best], 5040)) == 70 * 15 * 5**2
 
 
+@pytest.mark.parametrize(("strong", "sizes"), [(False, [32, 64, 192]), (True, [32, 32, 32])])
+def test_structures_are_searched_on_each_number_of_devices(
+    strong: bool, sizes: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the batch that is theirs, and whatever the config's own mesh is, which vanilla's few experts do not fill."""
+    asked: list[tuple[Any, ...]] = []
+    monkeypatch.setattr(scaling, "_curve", lambda own, places: asked.append((own, places)) or [point(8), point(16)])
+    model, mesh = replace(SMALL.model, num_experts=32), MeshConfig(expert=16, tensor=2, fsdp=True)
+    config = replace(SMALL, model=model, mesh=mesh)
+    found = scale(config, Scale([8, 16, 48], strong), lambda n: Machine(n, H100))
+    assert [curve["stops"] for curve in found.pop("structures").values()] == [None] * 5
+    for own, places in asked:
+        assert own is config and [machine for _, machine in places] == [Machine(n, H100) for n in (8, 16, 48)]
+        assert [of.data.batch_size for of, _ in places] == sizes
+        assert {of.mesh for of, _ in places} == {MeshConfig(fsdp=True)}
+    tokens = [128 * size for size in sizes]
+    kind = {"kind": "strong" if strong else "weak", "devices": [8, 16, 48], "keeps": 0.8}
+    assert found == kind | {"batch_size": sizes, "tokens_per_step": tokens}
+
+
 @pytest.mark.full
 def test_the_fastest_is_the_searchs_first() -> None:
     """Though it looks at less: not at what recomputes for nothing, nor at meshes that can't fit."""

@@ -212,6 +212,7 @@ def test_candidates_are_timed_with_the_load() -> None:
     even, uneven = ({axes(c): c.times.tokens_per_s for c in fastest(CONFIG, on, meshes)} for on in machines)
     assert even.keys() == uneven.keys() == meshes
     assert [uneven[mesh] < 0.95 * even[mesh] for mesh in sorted(meshes)] == [True, False]
+    assert fastest(CONFIG, with_memory(1), meshes) == []  # where nothing fits
 
 
 @pytest.mark.full
