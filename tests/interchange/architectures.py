@@ -158,7 +158,7 @@ def qwen3_moe(config: dict[str, Any], w: dict[str, np.ndarray], tokens_L: np.nda
     eps, theta = config["rms_norm_eps"], config["rope_parameters"]["rope_theta"]
 
     def turned(x_LH: np.ndarray, scale_H: np.ndarray) -> np.ndarray:
-        return rotate(rms(x_LH, scale_H, eps), theta, position_BL=None)
+        return rotate(rms(x_LH, scale_H, eps), theta)
 
     x_LD = w["model.embed_tokens.weight"][tokens_L]
     for i in range(config["num_hidden_layers"]):
@@ -199,7 +199,7 @@ def bigmac(config: dict[str, Any], w: dict[str, np.ndarray], tokens_L: np.ndarra
 
         def turned(x_LH: np.ndarray, name: str, prefix: str = f"{layer}.self_attn") -> np.ndarray:
             x_LH = rms(x_LH, w[f"{prefix}.{name}_norm.weight"], config["norm_eps"]) if config["qk_norm"] else x_LH
-            return rotate(x_LH, config["rope_theta"], position_BL=None) if config["positions"] == "rope" else x_LH
+            return rotate(x_LH, config["rope_theta"]) if config["positions"] == "rope" else x_LH
 
         h_LD = normed(config, w, f"{layer}.input_layernorm", x_LD)
         x_LD = x_LD + attention(
