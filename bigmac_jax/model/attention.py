@@ -48,7 +48,7 @@ def rotate(x_BLNH: Array, theta: float, position_BL: Array | None) -> Array:
     """Rotary position embedding (RoFormer): pairs (i, i + H/2) turn by position · theta^(-2i/H).
 
     Args:
-      position_BL: below L; by default 0 to L - 1.
+      position_BL: below L; None: 0 to L - 1.
     """
     if position_BL is None:
         angles = _angles(x_BLNH, theta, x_BLNH.shape[1])

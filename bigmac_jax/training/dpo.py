@@ -30,12 +30,7 @@ def count_pairs(batch: Batch) -> Array:
     return jnp.sum((batch.segments_BL.max(1) + 1) // 2)
 
 
-def dpo_loss(
-    model: Transformer,
-    batch: Batch,
-    dropout_key: Array | None,
-    share: Share,
-) -> tuple[Array, LossTerms]:
+def dpo_loss(model: Transformer, batch: Batch, dropout_key: Array | None, share: Share) -> tuple[Array, LossTerms]:
     """Mean over pairs of -log sigmoid(beta · ((log p - log p_ref of the chosen) - (the same of the other))), plus the
     router's losses.
 

@@ -147,7 +147,7 @@ def _to_each_rank(exchange: Strategy, amount: float) -> Sent:
 def wire_bytes(exchange: Strategy, tokens: int, choices: int, width: int, format: str) -> int:
     """Payload bytes that one rank sends to others in the two exchanges of one direction, padding included.
 
-    `format`: that of the rows; by default the forward pass's.
+    `format`: that of the rows; "": the forward pass's.
     """
     spent = cost(exchange, tokens, choices)
     return round(sum(spent.dispatch) + sum(spent.combine)) * row_bytes(format or exchange.forward, width)
