@@ -11,7 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import httpx
 
@@ -80,6 +80,8 @@ class Generator:
 class Served:
     """A service inside the current event loop, and a client of it."""
 
+    made: ClassVar[list["Served"]] = []
+
     def __init__(self, limits: Limits | None = None, key: str = "", hosts: Sequence[str] = (), template: str = PLAIN):
         self.chat, self.generator, self.engine = Chat(ByteTokenizer(), template), Generator(), Engine()
         engine: Any = self.engine
@@ -88,6 +90,13 @@ class Served:
         self.service = Service(generator, self.worker, Dialogue(self.chat), "a", key, hosts)
         self.app = self.service.app()
         self._client = httpx.AsyncClient(transport=httpx.ASGITransport(self.app), base_url="http://127.0.0.1")
+        self.made.append(self)
+
+    @classmethod
+    async def stop_all(cls) -> None:
+        """Ends the engines' threads, which would deliver to a loop that is closed."""
+        while cls.made:
+            assert await cls.made.pop().worker.stop(20)
 
     async def ask(self, path: str, body: Any = None, headers: Any = None) -> tuple[int, Any]:
         get = self._client.get(path, headers=headers) if body is None else self.post(path, body, headers)

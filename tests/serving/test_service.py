@@ -41,9 +41,15 @@ LONG = {"prompt": "a", "max_tokens": 2, "user": "u" * 100_000}
 def alone(test: Callable[..., Coroutine[Any, Any, None]]) -> Callable[..., None]:
     """In an event loop of its own; a test that hangs fails."""
 
+    async def and_stop(**given: Any) -> None:
+        try:
+            await asyncio.wait_for(test(**given), 30)
+        finally:
+            await Served.stop_all()
+
     @functools.wraps(test)
     def run(**given: Any) -> None:
-        asyncio.run(asyncio.wait_for(test(**given), 30))
+        asyncio.run(and_stop(**given))
 
     return run
 
