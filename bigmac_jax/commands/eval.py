@@ -177,8 +177,9 @@ def _score_texts(trained: Trained, streams: Streams) -> Outcome:
         lines, result = report_sources(evaluations)
         return lines, result | {"documents": documents}
     ((name, (score, *_)),) = evaluations.items()
+    if isinstance(streams[name], Conversations):
+        return [f"{name}, answers alone: {score.describe()}"], score._asdict()
     how = "each document by itself" if documents == "masked" else "windows of the stream"
-    how = "answers alone" if isinstance(streams[name], Conversations) else how
     return [f"{name}, {how}: {score.describe()}"], score._asdict() | {"documents": documents}
 
 

@@ -35,7 +35,11 @@ try:
     from lm_eval.models.utils import normalize_gen_kwargs
     from lm_eval.utils import simple_parse_args_string
 except ImportError:
-    raise ConfigError("lm-evaluation-harness is not installed; pip install 'bigmac_jax[lm-eval]'") from None
+    problem = "lm-evaluation-harness is not installed; pip install 'bigmac_jax[lm-eval]'"
+    if __name__ != "__main__":
+        raise ConfigError(problem) from None
+    print(f"error: {problem}", file=sys.stderr)
+    sys.exit(2)
 
 
 @register_model("bigmac_jax")

@@ -10,7 +10,7 @@ from bigmac_jax.config.section import flat_values
 from bigmac_jax.runtime import storage
 from bigmac_jax.training.goodput import PARTS
 from bigmac_jax.training.metrics_file import Record, read_records
-from bigmac_jax.training.workdir import read_run_json
+from bigmac_jax.training.workdir import read_config, read_run_json
 
 Records = list[Record]
 
@@ -58,7 +58,7 @@ def _read_run(workdir: str, name: str) -> Run:
             fix = missing_place_fix(workdir, "give the --workdir of a training run that has begun")
             raise ConfigError(f"RUN={workdir} holds no {file}; {fix}")
     try:
-        config = Config.from_json((path / "config.json").read_bytes())
+        config = read_config(path)
         records = read_records(path)
     except storage.errors(ValueError) as error:
         raise ConfigError(f"RUN={workdir} cannot be read ({error}); repair it or leave it out") from None

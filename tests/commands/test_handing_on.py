@@ -19,6 +19,7 @@ from bigmac_jax import commands
 from bigmac_jax.commands import cli
 from bigmac_jax.config import Config, ConfigError, MeshConfig, load_config
 from bigmac_jax.data.chat_files import read_chat_folder
+from bigmac_jax.data.conversations import Conversations
 from bigmac_jax.data.pipeline import text_stream
 from bigmac_jax.data.tokenizer import ByteTokenizer
 from bigmac_jax.evaluation.perplexity import Evaluation, Score
@@ -297,6 +298,19 @@ def test_texts_are_scored_as_the_flags_say(
     asked = records.of[call]
     assert asked.pop("tokenizer").eos_id == 256 and asked == expected[call]
     assert records.of.get("say_data_place") == (run | split if call == "open_run_stream" else None)
+
+
+def test_how_documents_are_read_is_said_of_texts_alone(
+    given: Any, records: Records, workdir: pathlib.Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    program, rows = given("eval", f"--workdir={workdir}"), Conversations.__new__(Conversations)
+    rows.text = "f" * 64
+    records(program.cli, agree=None, enter_mesh=SimpleNamespace(shape={"data": 1}))
+    records(program, restore=("config", "model"), hold="held", say_data_place=None, open_run_stream=rows)
+    records(program, count_targets=1, evaluate=Evaluation(SCORE, np.zeros(0), np.zeros(0)))
+    program.main()
+    first, last = capsys.readouterr().out.splitlines()
+    assert first == f"test, answers alone: {SCORE.describe()}" and json.loads(last) == SCORE._asdict()
 
 
 def test_tasks_are_scored_as_the_flags_say(

@@ -2,9 +2,13 @@
 
 import contextlib
 import hashlib
+import importlib
 import json
 import pathlib
+import re
+import runpy
 import struct
+import sys
 from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any
@@ -19,6 +23,7 @@ from bigmac_jax.data.tokenizer import ByteTokenizer
 from bigmac_jax.evaluation import loglikelihood
 from bigmac_jax.evaluation.loglikelihood import Request, check_windows, cut_windows, encode_pairs, score_requests
 from bigmac_jax.evaluation.score_log import ScoreLog
+from bigmac_jax.runtime import environment
 
 LENGTH = 16
 MODEL = {"length": LENGTH, "num_layers": 1, "hidden_size": 16}
@@ -265,3 +270,17 @@ def test_lengths_that_do_not_fit(caplog: pytest.LogCaptureFixture) -> None:
         check_windows(tiny((1, 1, 1, 2), length=16, positions="rope"), 17, 0, "size")
     with pytest.raises(ConfigError, match="--stride=17 must be at most the 16 tokens"):
         check_windows(rope, 0, 17)
+
+
+def test_the_harness_is_missed_in_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """As a command, and to a program that imports it."""
+    name = "bigmac_jax.evaluation.harness"
+    monkeypatch.setattr(environment, "prepare", lambda: None)
+    monkeypatch.setitem(sys.modules, "lm_eval.api.model", None)
+    monkeypatch.delitem(sys.modules, name, raising=False)
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_module(name, run_name="__main__")
+    said = "lm-evaluation-harness is not installed; pip install 'bigmac_jax[lm-eval]'"
+    assert ended.value.code == 2 and capsys.readouterr().err == f"error: {said}\n"
+    with pytest.raises(ConfigError, match=re.escape(said)):
+        importlib.import_module(name)

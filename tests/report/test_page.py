@@ -2,6 +2,7 @@
 
 import base64
 import dataclasses
+import hashlib
 import html.parser
 import json
 import os
@@ -287,6 +288,16 @@ def test_errors(tmp_path: pathlib.Path, records: list[dict[str, Any]], config: s
     with pytest.raises(ConfigError, match=message) as error:
         read_runs([workdir])
     assert str(error.value).startswith(f"RUN={workdir} ") and "\n" not in str(error.value)
+
+
+def test_a_config_that_changed_is_not_shown(tmp_path: pathlib.Path) -> None:
+    workdir = write(tmp_path / "run", DENSE, [training(1)])
+    digest = hashlib.sha256(DENSE.to_json().encode()).hexdigest()
+    (tmp_path / "run" / "run.json").write_text(json.dumps(seal({"config": digest}), allow_nan=False))
+    assert read_runs([workdir])[0].config == Config.from_json(DENSE.to_json())
+    (tmp_path / "run" / "config.json").write_text(MOE.to_json())
+    with pytest.raises(ConfigError, match=r"^RUN=.* has changed since the run wrote it"):
+        read_runs([workdir])
 
 
 @pytest.mark.full

@@ -30,8 +30,8 @@ DEFAULTS: dict[str, Any] = {
     "num_experts_per_tok": 4,
     "moe_intermediate_size": 256,
     "moe_latent_size": 64,  # width of the rows that experts take; None = hidden_size, without W↓ and W↑
-    # Of pre_dispatch (a norm on x'), skip (a share of x' added to y'), post_combine (a norm on y'), scale (a factor),
-    # gate (of the output, by the token).
+    # Of pre_dispatch (a norm on x'), skip (a share of x' added to y'), post_combine (a norm on y'), gate (of the
+    # output, by the token).
     "latent_norms": ["skip", "post_combine"],
     "shared_expert_intermediate_size": 0,  # of an MLP that every token passes beside the experts; 0 = none
     # The router.
