@@ -91,6 +91,11 @@ def notes(runs: Sequence[Run]) -> list[str]:
             "Validation texts differ: {}. No figure of validation compares them.",
         ),
         (
+            _group((a, f"{run.config.data.sequence_length} {run.config.data.documents}") for a, run in scored),
+            "Windows differ (data.sequence_length, data.documents): {}. Where more stands in front of a token, its "
+            "validation loss is lower.",
+        ),
+        (
             _group((a, run.config.tuning.objective) for a, run in lettered),
             "Objectives differ: {}. Losses are over all tokens, over answers or of pairs, and do not compare.",
         ),

@@ -168,7 +168,7 @@ def test_losses_of_pairs_and_of_tokens_are_two_charts(runs: list[Run]) -> None:
     assert facts(runs[0])["DPO loss of a pair, last"] == "–" and "DPO loss of a pair, last" not in page(runs)
 
 
-def with_data(run: Run, objective: str = "pretrain", fingerprints: Any = (), **data: str) -> Run:
+def with_data(run: Run, objective: str = "pretrain", fingerprints: Any = (), **data: Any) -> Run:
     """The run on other data, or trained for something else."""
     fields = {"data": dataclasses.replace(MOE.data, **data)}
     if objective != "pretrain":
@@ -188,6 +188,14 @@ def test_what_does_not_compare_is_said(runs: list[Run]) -> None:
     texts = [run, with_data(run, source="x"), with_data(run, mixture="x=1,y=2"), with_data(run, validation_source="x")]
     assert notes(texts) == ["Validation texts differ: A ≠ B = D ≠ C. No figure of validation compares them."]
     assert notes([run, with_data(run, "sft")])[-1].startswith("Objectives differ: A ≠ B. Losses are over all tokens")
+    windows = [
+        run,
+        with_data(run, sequence_length=16),
+        with_data(run, documents="masked"),
+        with_data(other, documents="masked"),
+    ]
+    (line,) = notes(windows)
+    assert line.startswith("Windows differ (data.sequence_length, data.documents): A ≠ B ≠ C. Where more stands")
     same, another = {"tokenizer": "1", "validation": "2"}, {"tokenizer": "3", "validation": "4"}
     moved = [with_data(run, "pretrain", same), with_data(run, "pretrain", same, tokenizer="run/tokenizer.json")]
     assert notes(moved) == []  # a conversion's, which is a copy
