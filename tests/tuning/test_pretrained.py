@@ -549,3 +549,17 @@ def test_the_command_line_takes_an_origin(base: tuple[Config, pathlib.Path]) -> 
         load_config("tiny", ["tuning.lora_rank=4", "train.init_from=x", "tuning.lora_targets=heads"])
     with pytest.raises(ConfigError, match=r"balance_bias_rate=0\.001 moves the router's bias"):
         load_config("tiny", ["tuning.train_router=false", "model.balance=bias"])
+
+
+@pytest.mark.parametrize("in_host", [False, True])
+def test_what_a_model_is_restored_from(in_host: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path) -> None:
+    class AskedError(Exception):
+        pass
+
+    def restore_parts(*given: Any) -> Any:
+        raise AskedError(*given)
+
+    monkeypatch.setattr(pretrained_module, "restore_parts", restore_parts)
+    with pytest.raises(AskedError) as error:
+        restore(tmp_path, "best", load_config("tiny"), in_host)
+    assert error.value.args == (tmp_path, "best", load_config("tiny"), in_host)
