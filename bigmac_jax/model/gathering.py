@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.sharding import PartitionSpec as P
 
-from bigmac_jax.model.mesh import AXES, REPLICA, TENSOR, axes_of, names, spec_of, token_spec
+from bigmac_jax.model.mesh import AXES, REPLICA, TENSOR, axes_of, names, platform, spec_of, token_spec
 
 
 class Crossing(NamedTuple):
@@ -100,13 +100,22 @@ def _gather_weight(
 def _gather(
     w: Array, spec: P, split: tuple[str, ...], crossing: Crossing, zeros: tuple[tuple[int, int, int], ...]
 ) -> Array:
-    w = w.astype(crossing.gather)
+    w = _cast_in_place(w, crossing.gather)
     for dim, axes in _gathered(spec, split):
         w = jax.lax.all_gather(w, axes, axis=dim, tiled=True)
     if zeros:
         w = jax.lax.pad(w, jnp.zeros((), w.dtype), zeros)
     shared = _shared(spec, split)
     return (jax.lax.pcast(w, shared, to="varying") if shared else w).astype(crossing.compute)
+
+
+def _cast_in_place(w: Array, dtype: str) -> Array:
+    """Casts a parameter where it is used, also in a loop over layers. XLA:TPU would move the cast in front of the loop,
+    and keep a copy of all layers meanwhile, if there were no factor that it can't know to be one: 0 times infinity
+    is none. (A barrier doesn't hold it up.)"""
+    if jnp.dtype(dtype).itemsize < w.dtype.itemsize and platform() == "tpu":
+        w = w * (1 + 0 * w[(0,) * w.ndim])
+    return w.astype(dtype)
 
 
 def _scatter_gradient(

@@ -81,14 +81,14 @@ def facts(compiled: Compiled, config: Config) -> dict[str, Any]:
         and "highest" in instruction.attributes.get("operand_precision", "")
     ]
     made = {
-        shape.dims
+        shape
         for _, use, instruction in module.run()
         for shape in instruction.shapes
         if not use.fused and instruction.opcode not in _MAKES_NOTHING
     }
     return {
         "memory": compiled.memory,
-        "made": sorted(made, key=math.prod)[-20:],  # shapes of the largest arrays that an instruction makes
+        "made": sorted(made, key=lambda shape: shape.bytes)[-20:],  # (dtype, shape) of what an instruction makes
         "beside": compiled.beside,
         "largest_elements": math.prod(largest[0].shape.dims) if largest else 0,
         "logits": max(logits, default=0),  # numbers of the largest array of them

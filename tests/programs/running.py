@@ -68,7 +68,7 @@ def check_no_stack_is_copied(topology: str) -> None:
 def _largest(topology: str, *asked: str) -> int:
     """Elements of the largest array that a step of decoding makes."""
     made = compiled(topology, "decode", "data.batch_size=16", *WIDE, *asked)["decode"]["made"]
-    return max(map(math.prod, made))
+    return max(math.prod(dims) for _, dims in made)
 
 
 def check_expert_copies(topology: str, resident: int) -> None:

@@ -11,6 +11,7 @@ from model.tools import pairwise
 
 from .compiled import CHUNK, EXPERTS, HYBRID, VOCAB
 from .running import (
+    WIDE,
     case_name,
     check_expert_copies,
     check_host_copies,
@@ -125,6 +126,17 @@ def test_compilation_takes_as_long_for_many_layers() -> None:
 def test_a_decode_step_copies_no_experts() -> None:
     check_no_expert_is_copied("v6e:2x4")
     check_no_stack_is_copied("v6e:2x4")
+
+
+def test_no_copy_of_all_layers_parameters_is_kept() -> None:
+    """Each is cast where its layer is computed, not once for all in front of the loop."""
+    wide, on = (*WIDE, "model.num_layers=5", "execution.remat=layer"), ("mesh.expert=4", "mesh.fsdp=True")
+    programs = compiled("v6e:4x8", "step,evaluate", *wide, *on, "data.batch_size=32")
+    of_rank = 5 * EXPERTS // 4 * 512 * 2048 // 8  # W_in of all layers
+    for name in ("step", "evaluate"):
+        made = programs[name]["made"]
+        assert made and not [s for s in made if s[0] == "bf16" and s[1][0] == 5 and math.prod(s[1]) >= of_rank], made
+    assert "f32" in {dtype for dtype, dims in programs["step"]["made"] if math.prod(dims) == of_rank}  # its gradient
 
 
 @pytest.mark.parametrize(("topology", "ranks"), [("v6e:2x4", 8), ("v6e:8x8", 64)])
