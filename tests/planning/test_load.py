@@ -27,9 +27,9 @@ def test_the_busiest_rank_by_hand() -> None:
 
 def test_it_is_read(tmp_path: pathlib.Path) -> None:
     config = load_config("tiny", ["model.num_experts=4", "model.top_k=2"])
-    records = [{"step": step, "moe/load": [[1.0] * 4] * 2 if step < 19 else LAYERS} for step in range(20)]
+    records = [{"step": step, "moe/load": [[1.0] * 4] * 2 if step < 26 else LAYERS} for step in range(27)]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(record, allow_nan=False) + "\n" for record in records))
-    found = read_load(str(tmp_path), config)  # of the last two records
+    found = read_load(str(tmp_path), config)  # of the last tenth, two records
     assert found.layers_YE == ((1.5, 0.5, 1.0, 1.0), (0.75, 0.75, 1.5, 1.0))
     assert read_load("1.25", config) == Load(1.25) and read_load("", config) == EVEN
     assert [read_load(text, config).busiest for text in ("1", "4")] == [1.0, 4.0]  # even, and all to one

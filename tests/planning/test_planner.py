@@ -313,6 +313,7 @@ def test_numbers_as_people_read_them() -> None:
 
 def test_the_least_that_a_unit_has() -> None:
     assert list(map(units.work, (9.99e15, 1e16, 9.99e18, 1e19))) == ["9,990.00 T", "10.00 P", "9,990.00 P", "10.00 E"]
+    assert units.work(0) == units.work(0.5) == "0.00 T"
     sizes = (1e4 * 2**40, 1e4 * 2**40 - 2**40, 1e4 * 2**30, 1e4 * 2**30 - 2**30, 2**30, 2**20, 2**10, 1023, -1023)
     assert list(map(units.size, sizes)) == [
         "9.77 PiB", "9,999.00 TiB", "9.77 TiB", "9,999.00 GiB", "1.00 GiB", "1.00 MiB", "1.00 KiB", "1023 B", "-1023 B",
