@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
+from jax.sharding import PartitionSpec as P
 from model.tools import abstract_model, on_mesh, random_model, split_batch, tiny
 from training.tools import small, text
 
@@ -15,7 +16,7 @@ from bigmac_jax import restore
 from bigmac_jax.config import Config, ConfigError, load_config
 from bigmac_jax.data.batch import batch_from_windows
 from bigmac_jax.data.tokenizer import ByteTokenizer
-from bigmac_jax.inference import Generator
+from bigmac_jax.inference import Generator, decoder_weights
 from bigmac_jax.inference.int8_weights import Int8, dequantize, quantize, should_quantize
 from bigmac_jax.inference.kv_cache import make_decoder
 from bigmac_jax.model.mesh import make_mesh
@@ -127,3 +128,16 @@ def test_what_is_kept_in_eight_bits() -> None:
     kinds = [{}, {"table": True}, {"decays": False}, {"exact": True}, {"small": True}, {"exact": True, "small": True}]
     found = [should_quantize(Declaration("XY", "mlp", 1.0, **kind)) for kind in kinds]
     assert found == [True, True, False, False, False, False]
+
+
+@pytest.mark.parametrize("layers", [0, 3])
+def test_a_decoder_has_no_zeros_behind_a_parameter(layers: int) -> None:
+    """Six of eight rows are the parameter's; ranks of `expert` stay apart, those of `data` hold the whole."""
+    declared = Declaration("eXY", "experts", 1.0, axes=("expert",), shape=(2, 6, 4))
+    w = np.arange((layers or 1) * 2 * 8 * 4, dtype=np.float32).reshape(layers or 1, 2, 8, 4)
+    w = w if layers else w[0]
+    with on_mesh(tiny((4, 1, 2), batch=8)):
+        before = P(*[None] * bool(layers), "expert", "data", None)
+        held = decoder_weights._gather(jax.device_put(w, before), declared, "bfloat16")
+        assert held.dtype == jax.numpy.bfloat16 and held.sharding.spec[bool(layers)] == "expert"
+    np.testing.assert_array_equal(np.asarray(held, np.float32), w[..., :6, :].astype(jax.numpy.bfloat16))

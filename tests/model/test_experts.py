@@ -215,3 +215,11 @@ def test_kernels_are_given_the_dtype_that_gradients_are_summed_in(
     assert weights.keys() == {"w_in_eRF", "w_out_eFR", "b_in_eF", "b_out_eR"}
     assert {w.crossing.compute for w in weights.values()} == {given}
     assert {w.crossing.gather for w in weights.values()} == {gathered}
+
+
+def test_the_kernel_alone_gives_the_product(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where nothing is differentiated, and nothing is kept for it."""
+    monkeypatch.setattr(grouped_matmul, "platform", lambda: "tpu")
+    of = jax.ShapeDtypeStruct
+    given = of((512, 128), jnp.bfloat16), of((4, 128, 256), jnp.float32), of((4,), jnp.int32)
+    assert jax.eval_shape(grouped_matmul.grouped_matmul, *given) == of((512, 256), jnp.bfloat16)
