@@ -18,7 +18,7 @@ from jax import Array
 from bigmac_jax.config import Config, ModelConfig
 from bigmac_jax.model.balance import balance_bias, balance_losses, required_bias
 from bigmac_jax.model.choose_exchange import choose_exchange, make_local
-from bigmac_jax.model.exchange import Plan, Strategy, further_rounds
+from bigmac_jax.model.exchange import Plan, Strategy, in_rounds
 from bigmac_jax.model.experts import apply_experts
 from bigmac_jax.model.gathering import Weight, can_join, join, on_each_rank
 from bigmac_jax.model.layers import MLP, Linear, Norm, divisor, last_axes, normalize, product, residual_scale
@@ -293,9 +293,8 @@ def layer_on_rank(
 
     plans = [exchange.plan(experts_CK) for experts_CK in jnp.split(experts_TK, chunks)]
     narrow_x = [narrow(config.model, w, x_CD) for x_CD in jnp.split(x_TD, chunks)]
-    narrow_y = [routed(config, exchange, *chunk, w.experts) for chunk in zip(plans, narrow_x, gates, strict=True)]
-    if exchange.most_rounds(*gates[0].shape) > 1:
-        narrow_y = add_further_rounds(config, exchange, plans, narrow_x, narrow_y, gates_TK, w.experts)
+    one_round = functools.partial(routed, config, exchange)
+    narrow_y = in_rounds(exchange, one_round, INSIDE, plans, narrow_x, gates, w.experts)
     y = [widen(config.model, w, x_CR, y_CR) for x_CR, y_CR in zip(narrow_x, narrow_y, strict=True)]
 
     counts_E = jnp.stack([plan.counts_E for plan in plans]).sum(0)
@@ -317,22 +316,6 @@ def routed(
     share = gates_TK.size // exchange.local_experts
     y_NR = apply_experts(config, w_experts, rows_NR, gate_NK, plan.expert_NK, share, plan.most_local)
     return exchange.combine(plan, y_NR, gates_TK)
-
-
-def add_further_rounds(
-    config: Config,
-    exchange: Strategy,
-    plans: list[Plan],
-    narrow_x: list[Array],
-    narrow_y: list[Array],
-    gates_TK: Array,
-    w_experts: dict[str, Array],
-) -> list[Array]:
-    """y' of each chunk with what the chunks' buffers had no room for, which all tokens send together."""
-    left_TK = jnp.concatenate([plan.left_TK for plan in plans if plan.left_TK is not None])
-    in_round = functools.partial(routed, config, exchange)
-    x_TR, y_TR = jnp.concatenate(narrow_x), jnp.concatenate(narrow_y)
-    return jnp.split(further_rounds(exchange, in_round, INSIDE, left_TK, y_TR, x_TR, gates_TK, w_experts), len(plans))
 
 
 def widen(m: ModelConfig, w: RowWeights, x_TR: Array, y_TR: Array) -> Array:

@@ -14,7 +14,7 @@ from jax import Array
 from bigmac_jax.config.execution import AUTO_BUFFER_FACTOR
 from bigmac_jax.data.batch import batch_from_windows
 from bigmac_jax.model.choose_exchange import choose_exchange, predict_seconds
-from bigmac_jax.model.exchange import STRATEGIES, Plan, Strategy, further_rounds
+from bigmac_jax.model.exchange import STRATEGIES, Plan, Strategy, in_rounds
 from bigmac_jax.model.exchange.costs import cost
 from bigmac_jax.model.exchange.strategy import FEW_ROWS
 from bigmac_jax.model.mesh import EXPERT_GROUP, make_mesh, placed
@@ -94,9 +94,8 @@ def taken(exchange: Strategy, experts: Any) -> int:
     """How many rounds it takes; `experts` is [ranks · T, K]."""
 
     def on_rank(experts_TK: Array) -> Array:
-        left_TK = exchange.plan(experts_TK).left_TK
-        one = jnp.ones_like(experts_TK, jnp.float32, shape=(1,))
-        return further_rounds(exchange, lambda plan: one, EXPERT_GROUP, left_TK, one)
+        plan, of_rank = exchange.plan(experts_TK), jnp.ones_like(experts_TK, jnp.float32)
+        return in_rounds(exchange, lambda *_: of_rank[:1, 0], EXPERT_GROUP, [plan], [of_rank], [of_rank], {})[0]
 
     (rounds,) = set(on_ranks(exchange.sizes, on_rank)(np.asarray(experts, np.int32)).tolist())  # all ranks agree
     return rounds
@@ -165,17 +164,18 @@ def test_gradients_of_weights_are_summed_in_float32() -> None:
     """Three further rounds, whose gradients in bfloat16 are 1, 2⁻⁸ and 2⁻⁸: added in bfloat16 they are 1."""
     exchange = STRATEGIES["all_to_all"](8, (1, 4), math.inf, EXPERT_GROUP, buffer_factor=1.0)
 
-    def in_round(plan: Plan, x_TR: Array, w: Array) -> Array:
-        left = jnp.sum(plan.left_TK < 8)  # 32, 16, 0 of 64
-        return x_TR * (w * jnp.where(left > 16, 1, 2**-8).astype(w.dtype))
+    def one_round(plan: Plan, x_TR: Array, gates_TK: Array, w: Array) -> Array:
+        left = jnp.sum(plan.left_TK < 8)  # 48, 32, 16, 0 of 64
+        part = jnp.where(left > 32, 0, jnp.where(left > 16, 1, 2**-8))
+        return x_TR * (w * part.astype(w.dtype))
 
     def on_rank(experts_TK: Array, x_TR: Array, w: Array) -> Array:
-        left_TK = exchange.plan(experts_TK).left_TK
+        plan, gates_TK = exchange.plan(experts_TK), jnp.ones_like(experts_TK, jnp.bfloat16)
 
-        def further(w: Array) -> Array:
-            return further_rounds(exchange, in_round, EXPERT_GROUP, left_TK, jnp.zeros_like(x_TR), x_TR, w).sum()
+        def loss(w: Array) -> Array:
+            return in_rounds(exchange, one_round, EXPERT_GROUP, [plan], [x_TR], [gates_TK], w)[0].sum()
 
-        return jax.grad(further)(w)
+        return jax.grad(loss)(w)
 
     x = np.zeros((4 * 64, 1), jnp.bfloat16)
     x[::64] = 1

@@ -5,7 +5,7 @@ from bigmac_jax.model.exchange.dedup import Dedup, Hierarchical
 from bigmac_jax.model.exchange.gather import Gather
 from bigmac_jax.model.exchange.local import Local
 from bigmac_jax.model.exchange.ragged import Ragged
-from bigmac_jax.model.exchange.rounds import further_rounds
+from bigmac_jax.model.exchange.rounds import in_rounds
 from bigmac_jax.model.exchange.strategy import Plan, Strategy
 
 STRATEGIES: dict[str, type[Strategy]] = {
@@ -18,5 +18,5 @@ STRATEGIES: dict[str, type[Strategy]] = {
 
 __all__ = [
     "STRATEGIES", "AllToAll", "Dedup", "Gather", "Hierarchical", "Local", "Plan", "Ragged", "Strategy",
-    "further_rounds",
+    "in_rounds",
 ]  # fmt: skip

@@ -1,11 +1,11 @@
 """Rounds: an exchange with room for less than its worst case sends again until nothing is left.
 
-The first round stands with the caller, differentiated as usual: at uniform routing it is the only one. The others are a
-loop that ends when no rank has anything left; its backward pass goes through the same rounds again.
+The first round is differentiated as usual: at uniform routing it is the only one. The others are a loop that ends when
+no rank has anything left; its backward pass goes through the same rounds again.
 """
 
-import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -17,70 +17,87 @@ from bigmac_jax.model.exchange.strategy import Plan, Strategy
 FURTHER = "further_rounds"  # the scope of the loops, by which compiled programs tell them from others
 
 
-def further_rounds(
+def in_rounds(
     exchange: Strategy,
-    in_round: Callable[..., Array],
+    one_round: Callable[..., Array],
     axes: tuple[str, ...],
-    left_TK: Array,
-    y_TR: Array,
-    *inputs: Any,
-) -> Array:
-    """Adds `in_round(plan, *inputs)` to the first round's y_TR, for each round that it takes to send what is left.
+    plans: Sequence[Plan],
+    x: Sequence[Array],
+    gates: Sequence[Array],
+    weights: Any,
+) -> list[Array]:
+    """y_TR of each chunk: `one_round(plan, x_TR, gates_TK, weights)`, and of all chunks together again for what found
+    no room, as often as it takes.
 
     Args:
       axes: mesh axes whose ranks go through the same number of rounds; a collective of a round joins no others.
-      left_TK: the expert of each choice that is left to send, E for those that were sent.
-      y_TR: of the first round; the loop begins with it, and so behind the first round's collectives.
-      inputs: x_TR, and pytrees of what else y depends on, such as weights, so that they get gradients.
+      plans: of the chunks' first rounds.
+      x, gates: x_TR and gates_TK of each chunk, as long as each other.
+      weights: a pytree of what else y depends on, so that it gets a gradient.
     """
 
-    def over_rounds(body: Callable[[Plan], Any], left_TK: Array, first: Any) -> tuple[Any, Array]:
-        """`first` and `body(plan)` of all rounds added up, in float32, and whether anything is left: 0."""
+    def first(plans: Sequence[Plan], x: Sequence[Array], gates: Sequence[Array], weights: Any) -> list[Array]:
+        return [one_round(*chunk, weights) for chunk in zip(plans, x, gates, strict=True)]
 
-        def anything(left_TK: Array) -> Array:
-            return jax.lax.pmax(jnp.any(left_TK < exchange.num_experts).astype(jnp.int32), axes)
+    def further(plan: Plan, x: Sequence[Array], gates: Sequence[Array], weights: Any) -> list[Array]:
+        return jnp.split(one_round(plan, jnp.concatenate(x), jnp.concatenate(gates), weights), len(x))
 
-        def trip(carry: Any) -> Any:
-            left_TK, _, total = carry
-            plan = exchange.plan(left_TK)
-            total = jax.tree.map(lambda sum, part: sum + part.astype(sum.dtype), total, body(plan))
-            assert plan.left_TK is not None
-            return plan.left_TK, anything(plan.left_TK), total
-
-        total = jax.tree.map(lambda x: x.astype(jnp.float32), first)
-        with jax.named_scope(FURTHER):
-            carry = left_TK, anything(left_TK), total
-            _, more, total = jax.lax.while_loop(lambda carry: carry[1] > 0, trip, carry)
-        return jax.tree.map(lambda sum, x: sum.astype(x.dtype), total, first), more
+    if exchange.most_rounds(*gates[0].shape) == 1:
+        return first(plans, x, gates, weights)
 
     @jax.custom_vjp
-    def rest(left_TK: Array, y_TR: Array, *inputs: Any) -> Array:
-        return over_rounds(lambda plan: in_round(plan, *inputs), left_TK, y_TR)[0]
+    def rounds(plans: Sequence[Plan], *inputs: Any) -> list[Array]:
+        return _add_further(exchange, axes, _left(plans), lambda plan: further(plan, *inputs), first(plans, *inputs))
 
-    def forward(left_TK: Array, y_TR: Array, *inputs: Any) -> tuple[Array, Any]:
-        return rest(left_TK, y_TR, *inputs), (left_TK, *inputs)
+    def forward(plans: Sequence[Plan], *inputs: Any) -> tuple[list[Array], Any]:
+        y, first_gradients = jax.vjp(partial(first, plans), *inputs)
+        y = _add_further(exchange, axes, _left(plans), lambda plan: further(plan, *inputs), y)
+        return y, (first_gradients, _left(plans), inputs)
 
-    def backward(saved: Any, dy_TR: Array) -> Any:
-        left_TK, *inputs = saved
+    def backward(saved: Any, dy: list[Array]) -> Any:
+        first_gradients, left_TK, inputs = saved
 
-        def body(plan: Plan) -> Any:
-            return jax.vjp(functools.partial(in_round, plan), *inputs)[1](dy_TR)
+        def further_gradients(plan: Plan) -> Any:
+            return jax.vjp(partial(further, plan), *inputs)[1](dy)
 
-        gradients, more = over_rounds(body, left_TK, jax.tree.map(jnp.zeros_like, tuple(inputs)))
-        return None, _behind_loop(dy_TR, more), *gradients
+        return None, *_add_further(exchange, axes, left_TK, further_gradients, first_gradients(dy))
 
-    rest.defvjp(forward, backward)
-    return rest(left_TK, y_TR, *inputs)
+    rounds.defvjp(forward, backward)
+    return rounds(plans, x, gates, weights)
 
 
-def _behind_loop(dy_TR: Array, more: Array) -> Array:
-    """dy_TR, which on CPU devices is there once the loop that gives `more`, 0, has ended.
+def _left(plans: Sequence[Plan]) -> Array:
+    """left_TK of all chunks."""
+    return jnp.concatenate([plan.left_TK for plan in plans if plan.left_TK is not None])
 
-    XLA:CPU up to jax 0.11 begins a collective that does not need a loop's results while the loop's own collectives run,
-    and then gives one the arrays of the other, or waits for ever.
+
+def _add_further(
+    exchange: Strategy, axes: tuple[str, ...], left_TK: Array, of_round: Callable[[Plan], Any], first: Any
+) -> Any:
+    """`first` and `of_round(plan)` of all further rounds added up in float32, in the dtypes of `first`.
+
+    The loops begin with `first`, and so behind the first round's collectives. The outer one is an `if`: where nothing
+    is left, nothing is widened, copied or added.
     """
 
-    def once_ended(dy_TR: Array, more: Array) -> Array:
-        return jnp.where(more > 0, jnp.nan, dy_TR)
+    def anything(left_TK: Array) -> Array:
+        return jax.lax.pmax(jnp.any(left_TK < exchange.num_experts).astype(jnp.int32), axes)
 
-    return jax.lax.platform_dependent(dy_TR, more, cpu=once_ended, default=lambda dy_TR, more: dy_TR)
+    def is_left(carry: Any) -> Array:
+        return carry[1] > 0
+
+    def add_round(carry: Any) -> Any:
+        left_TK, _, total = carry
+        plan = exchange.plan(left_TK)
+        total = jax.tree.map(lambda sum, part: sum + part.astype(sum.dtype), total, of_round(plan))
+        assert plan.left_TK is not None
+        return plan.left_TK, anything(plan.left_TK), total
+
+    def add_rounds(carry: Any) -> Any:
+        left_TK, more, total = carry
+        wide = jax.tree.map(lambda x: x.astype(jnp.promote_types(x.dtype, jnp.float32)), total)
+        left_TK, more, wide = jax.lax.while_loop(is_left, add_round, (left_TK, more, wide))
+        return left_TK, more, jax.tree.map(lambda sum, x: sum.astype(x.dtype), wide, total)
+
+    with jax.named_scope(FURTHER):
+        return jax.lax.while_loop(is_left, add_rounds, (left_TK, anything(left_TK), first))[2]
