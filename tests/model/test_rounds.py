@@ -3,6 +3,7 @@ any skew, and takes one round where rows are spread evenly."""
 
 import itertools
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -10,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import Array
+from jax.extend import core
 
 from bigmac_jax.config.execution import AUTO_BUFFER_FACTOR
 from bigmac_jax.data.batch import batch_from_windows
@@ -182,6 +184,41 @@ def test_gradients_of_weights_are_summed_in_float32() -> None:
     gradient = on_ranks((1, 4), on_rank)(np.full((4 * 64, 1), 3, np.int32), x, np.ones((4, 1), jnp.bfloat16))
     assert gradient.dtype == jnp.bfloat16
     np.testing.assert_array_equal(gradient.astype(np.float32), 1 + 2**-7)
+
+
+def made_outside_loops(program: Any) -> Iterator[tuple[str, str]]:
+    """What makes each array of a program, and its type; what a `while` runs is left out."""
+    for equation in program.eqns:
+        yield from ((equation.primitive.name, str(made.aval)) for made in equation.outvars)
+        if equation.primitive.name != "while":
+            for inner in core.jaxprs_in_params(equation.params):
+                yield from made_outside_loops(inner)
+
+
+def test_rounds_that_nothing_needs_make_nothing() -> None:
+    """Gradients of weights [5, 7] in bfloat16: outside of the loops only the first round's product makes such an array.
+    No sum begins with zeros, none is widened, and nothing is added up."""
+    exchange = STRATEGIES["all_to_all"](8, (1, 4), math.inf, EXPERT_GROUP, buffer_factor=1.0)
+
+    def one_round(plan: Plan, x_TR: Array, gates_TK: Array, w: Array) -> Array:
+        return x_TR @ w
+
+    def on_rank(experts_TK: Array, x_TR: Array, w: Array) -> Array:
+        plan, gates_TK = exchange.plan(experts_TK), jnp.ones_like(experts_TK, jnp.bfloat16)
+
+        def loss(x_TR: Array, w: Array) -> Array:
+            y = in_rounds(exchange, one_round, EXPERT_GROUP, [plan], [x_TR], [gates_TK], w)
+            return y[0].astype(jnp.float32).sum()
+
+        program = jax.make_jaxpr(jax.grad(loss, argnums=(0, 1)))(x_TR, w)
+        of_weights = [made for made in made_outside_loops(program.jaxpr) if "[5,7]" in made[1]]
+        assert {kind.split("[")[0] for _, kind in of_weights} == {"bfloat16"}, of_weights
+        assert sorted(name for name, _ in of_weights) == ["transpose", "while"], of_weights
+        return x_TR
+
+    on_ranks((1, 4), on_rank)(
+        np.full((4 * 64, 1), 3, np.int32), np.ones((4 * 64, 5), jnp.bfloat16), np.ones((4 * 5, 7), jnp.bfloat16)
+    )
 
 
 def program(mesh: tuple = (1, 2, 2), **fields: Any) -> str:
