@@ -56,8 +56,7 @@ def make_adapters(config: Config, params: nnx.State, key: Array) -> nnx.State:
         w, of = param.get_value(), declared(param)
         *leading, X, _ = of.unpadded(w.shape)
         *more, rows_of_w, columns_of_w = w.shape
-        spec = spec_of(w)
-        *before, rows, columns = (spec[i] if i < len(spec) else None for i in range(w.ndim))
+        *before, rows, columns = spec_of(w)
         own = jax.random.fold_in(key, number)
         std = 1 / math.sqrt(3 * X)
         of_a, of_b = declare(of, std, rank)

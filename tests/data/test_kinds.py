@@ -312,7 +312,7 @@ BROKEN: list[tuple[str, bytes, str]] = [
     ("a.json", b'[{"text": "a"} {"text": "b"}]', r"a\.json behind entry 1: a comma is missing"),
     ("a.json", b'[{"text": "a"}] 7', r"something stands behind the array"),
     ("a.json", b'{"text": "a"}\n{"text": "b', r"a\.json entry 2 is not valid JSON"),
-    ("a.json", b'[{"text": "a"}, 7]', r"a\.json entry 2 is a JSON int"),
+    ("a.json", b'[{"text": "a"},7]', r"a\.json entry 2 is a JSON int"),
     ("a.json", b'{"text": "a"} {"text": 7}', r"a\.json entry 2: data\.text_field='text' holds int"),
     ("a.json", b"[" * 100_000, r"a\.json entry 1 is nested too deeply"),
     ("a.csv", b"n,text\n1,a\n2\n", r"a\.csv line 3 has 1 columns, its first line 2"),

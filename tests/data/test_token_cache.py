@@ -29,6 +29,7 @@ from bigmac_jax.data.encoding import Counts, encode_stream
 from bigmac_jax.data.pipeline import open_stream, text_stream
 from bigmac_jax.data.token_cache import CachedStream, JoinedStream, MemoryStream
 from bigmac_jax.data.tokenizer import ByteTokenizer, load_tokenizer
+from bigmac_jax.runtime import leases
 
 ROOT = pathlib.Path(__file__).parents[2]
 EOS = 256
@@ -321,6 +322,24 @@ def test_no_index_without_all_units(rows, make_config, tmp_path, monkeypatch):
     assert not list(tmp_path.glob("cache/tokens/train-*/index.json"))
 
 
+def test_who_waits_for_others_looks_now_and_then(tmp_path, monkeypatch):
+    """Where a look has made a unit, the rest is looked at at once."""
+    held, sleeps, made = iter([True, True, True, False, True, False]), [], []
+
+    def lock(path: pathlib.Path, wait: bool) -> contextlib.nullcontext[None]:
+        if next(held):
+            raise leases.HeldError
+        return contextlib.nullcontext()
+
+    monkeypatch.setattr(token_shards.leases, "lock", lock)
+    monkeypatch.setattr(token_shards.time, "sleep", sleeps.append)
+    store = types.SimpleNamespace(kept=tmp_path, finished=lambda unit: None, size_of=int)
+    store._make = lambda unit, report: made.append((unit, len(sleeps)))
+    token_shards.ShardStore.work(store, [0, 1], lambda unit, read: None)
+    # Looks: 0 and 1 are held; 0 is held, 1 not; 0 is held; 0 is not.
+    assert made == [(1, 1), (0, 2)] and sleeps == [token_shards._POLL] * 2
+
+
 @pytest.mark.full
 def test_two_processes_at_once(make_config, tmp_path):
     source = "tfds:tiny_text/plain"  # so that the dataset, the tokenizer and the tokens are all to be made
@@ -390,6 +409,12 @@ def test_digest_of_files_above_the_limit(tmp_path, monkeypatch):
         path.write_bytes(b"0123456789")
         version = b"v" if limit == 9 else b""
         assert files.file_digest(path, lambda _: "v") == hashlib.sha256(b"10" + content + version).hexdigest()
+
+
+def test_the_digest_of_a_text_in_memory():
+    """Of its tokens, four bytes each."""
+    expected = hashlib.sha256(np.array([EOS, *b"ab", EOS], "<u4").tobytes()).hexdigest()
+    assert text_stream("ab", ByteTokenizer()).text == expected
 
 
 def test_streams_one_behind_the_other():

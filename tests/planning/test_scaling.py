@@ -14,7 +14,7 @@ from bigmac_jax.planning import pictures, planner, scaling
 from bigmac_jax.planning.candidates import Machine
 from bigmac_jax.planning.job import exposed
 from bigmac_jax.planning.place import Request, find_place
-from bigmac_jax.planning.report_programs import programs_table
+from bigmac_jax.planning.report_programs import program_table, programs_table
 from bigmac_jax.planning.scaling import Scale, _grown, parse_scale, scale, where_it_stops
 from bigmac_jax.planning.search import fastest, search
 from bigmac_jax.planning.structures import CONTROL, alternatives, of_equal_size
@@ -28,7 +28,7 @@ def test_numbers_of_devices() -> None:
     assert parse_scale("64..512") == Scale([64, 128, 256, 512], strong=False)
     assert len(parse_scale("64..65536").devices) == 11 and parse_scale("24..48").devices == [24, 48]
     assert parse_scale("1024,64,256:strong") == Scale([64, 256, 1024], strong=True)
-    assert parse_scale("8") == Scale([8], strong=False)
+    assert parse_scale("8") == Scale([8], strong=False) and parse_scale("1..4") == Scale([1, 2, 4], strong=False)
     assert parse_scale("1048576") == Scale([2**20], strong=False)  # the most
 
 
@@ -60,6 +60,16 @@ def test_what_stops_it_by_hand() -> None:
     assert where_it_stops([point(8), short]) == {"devices": 16, "term": "memory"}
     assert where_it_stops([short, point(32)]) is None  # the fewest on which something fits
     assert where_it_stops([short, short | {"devices": 32}]) == {"devices": 16, "term": "memory"}
+
+
+def test_the_table_of_collectives_by_hand() -> None:
+    sums = {"kind": "reduce-scatter", "axes": ["data", "expert"], "role": "gradients", "direction": "backward"}
+    row = sums | {"in_each_layer": True, "asynchronous": True, "count": 1234, "sent_bytes": 2**30}
+    table = program_table({"device_kind": "TPU v6e", "compile_seconds": 9, "collectives": [row]})
+    assert [[str(column.header), *column.cells] for column in table.columns] == [
+        ["collectives of a rank", "reduce-scatter in each layer"], ["axes", "data, expert"], ["what", "gradients"],
+        ["pass", "backward"], ["async", "yes"], ["count", "1,234"], ["sent", "1.00 GiB"],
+    ]  # fmt: skip
 
 
 def test_the_table_of_programs_by_hand() -> None:

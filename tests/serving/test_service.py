@@ -657,6 +657,10 @@ async def test_a_path_with_another_slash_is_none(path: str) -> None:
     for body in (None, SHORT):
         status, answer = await served.ask(f"http://127.0.0.1{path}", body, {"host": "evil.example"})
         assert status == 404 and answer["error"]["message"].endswith(f"{path}: Not Found")
+    (samples,) = (family.samples for family in served.worker.metrics.requests.collect())
+    assert [(sample.labels, sample.value) for sample in samples if sample.name.endswith("_total")] == [
+        ({"path": "other", "status": "404"}, 2)
+    ]
 
 
 @pytest.mark.parametrize(("key", "codings"), [("clé", ("utf-8", "latin-1")), ("ключ", ("utf-8",)), ("key", ("ascii",))])
@@ -667,6 +671,7 @@ async def test_a_key_may_be_any_text(key: str, codings: tuple[str, ...]) -> None
         assert (await served.ask("/v1/models", headers={"authorization": b"Bearer " + key.encode(coding)}))[0] == 200
     for other in (b"", b"cl", "clè".encode(), b"cl\xe8"):
         assert (await served.ask("/v1/models", headers={"authorization": b"Bearer " + other}))[0] == 401
+    assert (await served.ask("/health"))[0] == 200  # which a load balancer asks
 
 
 @pytest.mark.parametrize("whole", [True, False])

@@ -190,6 +190,7 @@ def test_who_stops_is_told_of_the_others(what: str, advised: bool) -> None:
     ) as error:
         loop._Run._bad(run, 5, SimpleNamespace(loss=np.nan, grad_norm=1.0))
     assert ("or use train.on_bad_step=skip or rewind" in str(error.value)) == advised
+    assert "spike" not in str(error.value)
 
 
 def test_what_a_bad_step_does_may_change_on_resume(tmp_path: pathlib.Path) -> None:

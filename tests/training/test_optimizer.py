@@ -224,6 +224,17 @@ def test_muon(mesh: str) -> None:
     assert by_muon == attention | experts | {"mlp.down.w_DF", "mlp.up.w_DF"}
 
 
+def test_what_muon_makes_stands_as_the_parameters_do() -> None:
+    """With what the type of an array cannot say: all ranks of an axis gather the same matrices."""
+    config = with_optimizer(tiny(MESHES["tensor"], num_layers=1), name="muon")
+    with on_mesh(config):
+        _, params, _ = split_model(abstract_model(config))
+        optimizer = make_optimizer(config)
+        updates, _ = jax.eval_shape(lambda w: optimizer.update(w, optimizer.init(w), w, rate=1.0), params)
+        for update, param in zip(jax.tree.leaves(updates), jax.tree.leaves(params), strict=True):
+            assert (update.shape, update.sharding.spec) == (param.shape, param.sharding.spec)
+
+
 def test_matrices_are_dealt_out() -> None:
     """No two ranks compute the same one, where they divide; what can't be dealt is gathered."""
     P, sizes = jax.sharding.PartitionSpec, {"data": 4, "node": 1, "expert": 2, "tensor": 1}

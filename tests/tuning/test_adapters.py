@@ -33,6 +33,7 @@ from bigmac_jax.model import transformer
 from bigmac_jax.model.adapters import adapted, attached, make_adapters
 from bigmac_jax.model.parameters import Adapted, declared, named_leaves
 from bigmac_jax.model.transformer import init_model
+from bigmac_jax.training import step
 from bigmac_jax.training.loss import WHOLE, loss_fn
 from bigmac_jax.training.restore import Restored
 from bigmac_jax.training.step import Trainer, TrainState, build_model, merge_adapters, split_model
@@ -220,8 +221,9 @@ def test_merged_is_adapted(name: str) -> None:
     assert np.abs(logits[0] - without).max() > 1e-2 * np.abs(without).max()
 
 
-def test_the_model_that_is_evaluated() -> None:
-    """Of the average of the parameters where there is one, with adapters merged where there are some: W + s A B."""
+def test_the_model_that_is_evaluated_and_the_one_that_learns(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Evaluated is the average of the parameters where there is one, with adapters merged where there are some:
+    W + s A B. What learns has lost some of their inputs."""
     config, scale = with_adapters(targets="attention", lora_dropout=0.75), 3.0 / 2
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, balance="bias", balance_bias_rate=0.0))
     with on_mesh(config):
@@ -246,6 +248,10 @@ def test_the_model_that_is_evaluated() -> None:
         dropped = leaves(build_model(config, graphdef, adapters, state, jax.random.key(3)))
         kept = leaves(attached(config, params, adapters, jax.random.key(3)))
         assert all((dropped[name] == value).all() for name, value in kept.items())
+        monkeypatch.setattr(step, "loss_fn", lambda model, *_: leaves(model))
+        given: Any = batch_from_windows(random_tokens(config)), jax.random.key(3), WHOLE
+        learnt: Any = step._Programs(config).loss(state, adapters, *given)
+        assert all((learnt[name] == value).all() for name, value in kept.items())
         # All tokens lose the same inputs of an adapter; the others count for 1 / (1 - p).
         for name, value in leaves(attached(config, params, adapters)).items():
             ratio = kept[name] / value if name.endswith("a") else np.ones(1)
